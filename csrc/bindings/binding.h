@@ -1,0 +1,147 @@
+// What every binding shares: argument checks that name the argument with expected and found values,
+// dtypes, streams, and the registration macro. Only files in this folder know what a Tensor is.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "kernels.h"
+
+// One source, three libraries: the CPU kernels, the CUDA kernels, and the CUDA kernels executed on
+// the CPU by the test emulator, which live in a namespace of their own.
+#define HE_DEVICE_IS_cpu 1
+#define HE_DEVICE_IS_cuda 2
+#define HE_CONCAT_(a, b) a##b
+#define HE_CONCAT(a, b) HE_CONCAT_(a, b)
+#define HE_ON_CUDA (HE_CONCAT(HE_DEVICE_IS_, HE_DEVICE) == 2 && !defined(HE_CUDA_EMULATOR))
+
+#if defined(HE_CUDA_EMULATOR)
+#define HE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(hybrid_engine_emulated, CPU, m)
+#elif HE_ON_CUDA
+#define HE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(hybrid_engine, CUDA, m)
+#else
+#define HE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(hybrid_engine, CPU, m)
+#endif
+
+#if HE_ON_CUDA
+// A CPU-only libtorch lacks this symbol; weak, so that the library still loads there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+#endif
+
+namespace he::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kAny = -1;
+
+inline std::string join(const int64_t* values, size_t count) {
+  std::string text = "[";
+  for (size_t i = 0; i < count; ++i) {
+    text += (i ? ", " : "") + (values[i] == kAny ? std::string("any") : std::to_string(values[i]));
+  }
+  return text + "]";
+}
+
+inline void check_shape(const char* name, const Tensor& tensor,
+                        std::initializer_list<int64_t> expected) {
+  const auto found = tensor.sizes();
+  bool same = found.size() == expected.size();
+  for (size_t i = 0; same && i < found.size(); ++i) {
+    const int64_t wanted = expected.begin()[i];
+    same = wanted == kAny || wanted == found[i];
+  }
+  STD_TORCH_CHECK(same, name, ": expected ", join(expected.begin(), expected.size()), ", got ",
+                  join(found.data(), found.size()));
+}
+
+inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
+
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
+  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected dtype ", dtype_name(expected),
+                  ", got ", dtype_name(tensor.scalar_type()));
+}
+
+inline void check_contiguous(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+// A kernel's dtype tag; any other dtype is an error that names the argument.
+inline DType float_dtype(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ",
+                      dtype_name(tensor.scalar_type()));
+  }
+  return DType::kFloat32;
+}
+
+inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& first) {
+  STD_TORCH_CHECK(tensor.device() == first.device(), name, ": on another device than the first argument");
+}
+
+// The usual contract of an operand: shape, dtype and device of the op, contiguous.
+inline void check_operand(const char* name, const Tensor& tensor,
+                          std::initializer_list<int64_t> shape, ScalarType dtype,
+                          const Tensor& first) {
+  check_shape(name, tensor, shape);
+  check_dtype(name, tensor, dtype);
+  check_same_device(name, tensor, first);
+  check_contiguous(name, tensor);
+}
+
+inline void check_operand(const char* name, const OptionalTensor& tensor,
+                          std::initializer_list<int64_t> shape, ScalarType dtype,
+                          const Tensor& first) {
+  if (tensor) check_operand(name, *tensor, shape, dtype, first);
+}
+
+template <typename T = void>
+const T* data_or_null(const OptionalTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// Makes the tensor's device current for the scope and gives its stream.
+class Launch {
+ public:
+#if HE_ON_CUDA
+  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  }
+#else
+  explicit Launch(const Tensor&) {}
+#endif
+  Stream stream() const { return stream_; }
+
+ private:
+#if HE_ON_CUDA
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  Stream stream_ = nullptr;
+};
+
+}  // namespace he::binding

@@ -1,0 +1,185 @@
+// One SIMD vector of floats, as wide as the instruction set that the file is compiled for, and the
+// conversions from and to the storage types. Arithmetic is the compiler's vector extension.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace he::cpu {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline Vec select(VecInt mask, Vec yes, Vec no) { return mask ? yes : no; }
+inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
+
+inline float sum(Vec v) {
+  float total = 0.f;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+inline float reduce_max(Vec v) {
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// ---- scalars ------------------------------------------------------------------------------------
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+
+inline float to_float(Float16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Scaling by 2^112 moves the exponent bias and normalises subnormals in one step.
+  const float scaled = bit_cast<float>(magnitude << 13) * bit_cast<float>(0x77800000u);
+  return bit_cast<float>(sign | bit_cast<uint32_t>(scaled));
+}
+
+template <typename T>
+inline T from_float(float x);
+
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if (x != x) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+template <>
+inline Float16 from_float<Float16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
+  if (magnitude < 0x38800000u) {  // subnormal: the addition rounds at the right bit
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u;
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
+}
+
+// ---- whole vectors ------------------------------------------------------------------------------
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Vec load(const BFloat16* p) {
+  HalfBits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bit_cast<Vec>(__builtin_convertvector(bits, VecBits) << 16);
+}
+
+inline Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline void store(BFloat16* p, Vec v) {
+  const VecBits bits = bit_cast<VecBits>(v);
+  const VecBits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const VecBits safe = v == v ? rounded : VecBits{} + 0x7fc0u;
+  const HalfBits half = __builtin_convertvector(safe, HalfBits);
+  std::memcpy(p, &half, sizeof(half));
+}
+
+inline void store(Float16* p, Vec v) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#elif defined(__AVX2__)
+  const __m128i half = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<Float16>(v[i]);
+#endif
+}
+
+// The first `count` < kLanes elements; the other lanes read as `fill`.
+template <typename T>
+inline Vec load_partial(const T* p, int64_t count, float fill = 0.f) {
+  Vec v = broadcast(fill);
+  for (int64_t i = 0; i < count; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+template <typename T>
+inline void store_partial(T* p, Vec v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = from_float<T>(v[i]);
+}
+
+// Calls full(i) for each whole vector of [0, count), then partial(i, rest) for what is left.
+template <typename Full, typename Partial>
+inline void for_each_vec(int64_t count, const Full& full, const Partial& partial) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) full(i);
+  if (i < count) partial(i, count - i);
+}
+
+// Calls body with a value of the storage type that `dtype` names.
+template <typename Body>
+inline void dispatch(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
+}
+
+}  // namespace he::cpu

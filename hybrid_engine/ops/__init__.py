@@ -1,0 +1,28 @@
+"""The fused ops. Each has a naive PyTorch reference; native kernels override it when they load."""
+
+from hybrid_engine.ops import native
+from hybrid_engine.ops.activation import bias_gelu, gelu_and_mul, relu, silu_and_mul
+from hybrid_engine.ops.attention import decode_attention, prefill_attention
+from hybrid_engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from hybrid_engine.ops.registry import OPS
+from hybrid_engine.ops.rope import rope_and_store_kv
+from hybrid_engine.ops.sampling import sample
+
+NATIVE = native.load()
+
+__all__ = [
+    "NATIVE",
+    "OPS",
+    "add_layer_norm",
+    "add_rms_norm",
+    "bias_gelu",
+    "decode_attention",
+    "gelu_and_mul",
+    "layer_norm",
+    "prefill_attention",
+    "relu",
+    "rms_norm",
+    "rope_and_store_kv",
+    "sample",
+    "silu_and_mul",
+]

@@ -1,0 +1,80 @@
+"""RMSNorm and LayerNorm, plain and fused with the residual addition before them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid_engine.ops import check
+from hybrid_engine.ops.registry import define_op
+
+
+def _fake_like_first(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+@define_op(
+    "rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor",
+    fake=_fake_like_first,
+)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset), over the last dimension.
+
+    Args:
+        x: (..., D), fp32, bf16 or fp16.
+        weight: (D,), the dtype of x.
+        eps: added to the mean square.
+        weight_offset: 1.0 for Gemma, whose stored weight is the deviation from one.
+
+    Returns (..., D). Arithmetic in fp32, rounded once. Source: arXiv 1910.07467, eq. 4.
+    """
+    check.shape("weight", weight, x.shape[-1:])
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * (weight.float() + weight_offset)).to(x.dtype)
+
+
+@define_op(
+    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, "
+    "float weight_offset=0.0) -> Tensor",
+    fake=_fake_like_first,
+)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+) -> Tensor:
+    """residual += x, then rms_norm(residual). Shapes as in `rms_norm`; residual like x."""
+    check.shape("residual", residual, x.shape)
+    residual.add_(x)
+    return rms_norm.reference(residual, weight, eps, weight_offset)
+
+
+@define_op(
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
+    fake=_fake_like_first,
+)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, over the last dimension.
+
+    Args:
+        x: (..., D), fp32, bf16 or fp16; weight and bias: (D,), the dtype of x.
+
+    Returns (..., D). Arithmetic in fp32, rounded once. Source: arXiv 1607.06450, eq. 4.
+    """
+    check.shape("weight", weight, x.shape[-1:])
+    wide_bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), wide_bias, eps).to(x.dtype)
+
+
+@define_op(
+    "add_layer_norm(Tensor x, Tensor(a!) residual, Tensor weight, Tensor? bias, float eps) "
+    "-> Tensor",
+    fake=_fake_like_first,
+)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """residual += x, then layer_norm(residual). Shapes as in `layer_norm`; residual like x."""
+    check.shape("residual", residual, x.shape)
+    residual.add_(x)
+    return layer_norm.reference(residual, weight, bias, eps)

@@ -1,0 +1,96 @@
+"""From the packed QKV projection to rotated queries and a filled KV cache, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_engine.ops import check
+from hybrid_engine.ops.norm import rms_norm
+from hybrid_engine.ops.registry import define_op
+
+
+def _fake(
+    qkv: Tensor,
+    bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos_sin: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    *args: object,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], num_heads, k_cache.shape[-1])
+
+
+@define_op(
+    "rope_and_store_kv(Tensor qkv, Tensor? bias, Tensor? q_norm, Tensor? k_norm, Tensor? cos_sin, "
+    "Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, int num_heads, "
+    "bool interleaved=False, float norm_eps=1e-06, float norm_weight_offset=0.0) -> Tensor",
+    fake=_fake,
+)
+def rope_and_store_kv(
+    qkv: Tensor,
+    bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos_sin: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    interleaved: bool = False,
+    norm_eps: float = 1e-6,
+    norm_weight_offset: float = 0.0,
+) -> Tensor:
+    """Add the bias, normalise and rotate queries and keys, store keys and values, return queries.
+
+    Args:
+        qkv: (N, (H + 2K) * D), fp32, bf16 or fp16: queries, keys, values of N packed tokens.
+        bias: ((H + 2K) * D,) or None, added first.
+        q_norm, k_norm: (D,) or None: RMSNorm weights of each head (Qwen3).
+        cos_sin: (max_position, R) fp32 with R <= D: R/2 cosines, then R/2 sines of each position,
+            made by the caller with whatever scaling the model has; None: no rotation.
+        positions: (N,) int64, row of cos_sin for each token.
+        k_cache, v_cache: (num_blocks, K, block_size, D), the dtype of qkv, written in place.
+        slot_mapping: (N,) int64, block * block_size + offset; negative: the token is not stored.
+        num_heads: H; K and D come from the cache.
+        interleaved: rotate the pairs (2i, 2i + 1) (GPT-J) and not (i, i + R/2) (NeoX, Llama).
+        norm_eps, norm_weight_offset: of the two norms, as in `rms_norm`.
+
+    Returns (N, H, D), rotated. Source of the rotation: arXiv 2104.09864, eq. 34.
+    """
+    tokens = qkv.shape[0]
+    _, kv_heads, block_size, head_dim = k_cache.shape
+    check.shape("qkv", qkv, (-1, (num_heads + 2 * kv_heads) * head_dim))
+    check.shape("positions", positions, (tokens,))
+    check.shape("slot_mapping", slot_mapping, (tokens,))
+    check.shape("v_cache", v_cache, k_cache.shape)
+    wide = qkv.float() if bias is None else qkv.float() + bias.float()
+    heads = wide.view(tokens, num_heads + 2 * kv_heads, head_dim)
+    q, k, v = heads.split([num_heads, kv_heads, kv_heads], dim=1)  # each (N, heads, D)
+    if q_norm is not None:
+        q = rms_norm.reference(q, q_norm.float(), norm_eps, norm_weight_offset)
+    if k_norm is not None:
+        k = rms_norm.reference(k, k_norm.float(), norm_eps, norm_weight_offset)
+    if cos_sin is not None:
+        cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # (N, 1, R/2)
+        q, k = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    stored = slot_mapping >= 0
+    block, offset = slot_mapping[stored] // block_size, slot_mapping[stored] % block_size
+    k_cache[block, :, offset] = k[stored].to(k_cache.dtype)
+    v_cache[block, :, offset] = v[stored].to(v_cache.dtype)
+    return q.to(qkv.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    rotary = 2 * cos.shape[-1]
+    head, rest = x[..., :rotary], x[..., rotary:]
+    first, second = (head[..., 0::2], head[..., 1::2]) if interleaved else head.chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    head = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat((head, rest), -1)

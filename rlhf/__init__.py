@@ -1,0 +1,1 @@
+"""RLHF for Hugging Face models: SFT, reward model and PPO."""
