@@ -1,0 +1,79 @@
+"""Data: from a name to batches of token ids.
+
+    rows = load_rows("synthetic", purpose="demonstrations", split="train")     # canonical rows
+    tokenizer = load_tokenizer("path/or/hub-name")                             # or train_tokenizer
+    encoded = encode_demonstrations(rows, tokenizer, max_length=512)           # ids and loss masks
+    batches = LengthGroupedBatches([len(ids) for ids in encoded["input_ids"]], 16, seed=0)
+    for indices in batches.epoch(0):
+        input_ids, lengths = collate_right(encoded[indices]["input_ids"], tokenizer.pad_token_id)
+
+`sources` finds the rows, `formats` brings them into one form, `encoding` makes ids and masks of
+them, `batching` tensors. `synthetic` is an instruction set whose answers have a checkable quality.
+"""
+
+from rlhf.data.batching import LengthGroupedBatches, collate_right, length_mask
+from rlhf.data.encoding import (
+    Demonstration,
+    Preference,
+    decode_completion,
+    encode_demonstration,
+    encode_demonstrations,
+    encode_preference,
+    encode_preferences,
+    encode_prompt,
+    encode_prompts,
+)
+from rlhf.data.formats import (
+    Dialogue,
+    Message,
+    Purpose,
+    Row,
+    detect_format,
+    parse_dialogue,
+    to_completion,
+    to_demonstration,
+    to_preference,
+    to_prompt,
+)
+from rlhf.data.sources import load_rows
+from rlhf.data.split import Split
+from rlhf.data.synthetic import answer_quality, quality
+from rlhf.data.tokenizer import (
+    DEFAULT_CHAT_TEMPLATE,
+    load_tokenizer,
+    prepare_tokenizer,
+    train_tokenizer,
+)
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "Demonstration",
+    "Dialogue",
+    "LengthGroupedBatches",
+    "Message",
+    "Preference",
+    "Purpose",
+    "Row",
+    "Split",
+    "answer_quality",
+    "collate_right",
+    "decode_completion",
+    "detect_format",
+    "encode_demonstration",
+    "encode_demonstrations",
+    "encode_preference",
+    "encode_preferences",
+    "encode_prompt",
+    "encode_prompts",
+    "length_mask",
+    "load_rows",
+    "load_tokenizer",
+    "parse_dialogue",
+    "prepare_tokenizer",
+    "quality",
+    "to_completion",
+    "to_demonstration",
+    "to_preference",
+    "to_prompt",
+    "train_tokenizer",
+]

@@ -1,0 +1,344 @@
+"""From canonical rows to token ids and loss masks.
+
+A row is rendered piece by piece: what the model reads, what it has to say, and so on in turn.
+Each piece is tokenised on its own and the ids are joined, so no token ever straddles the border
+between a prompt and a completion, and the ids of a prompt are a true prefix of the ids that a
+model is trained on. What the model says ends with exactly one EOS, and only that is trained.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypedDict, cast
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.formats import Dialogue, Message, Row
+
+logger = logging.getLogger(__name__)
+_ROWS_AT_ONCE = 256
+
+
+class Demonstration(TypedDict):
+    """One training sequence; both lists have the same length, at most max_length."""
+
+    input_ids: list[int]
+    loss_mask: list[int]  # 1 where the token is trained: completions with their EOS
+
+
+class Preference(TypedDict):
+    """Two complete sequences with the same prompt; both end with EOS."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class _Piece(NamedTuple):
+    text: str
+    reply: bool  # said by the model: its ids end with EOS
+    trained: bool
+
+
+def encode_demonstration(
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Demonstration | None:
+    """Encode {text}, {messages} or {prompt, completion}, cut at the right to `max_length` tokens.
+
+    Trained are the completion, or every assistant turn of {messages}, or the whole of {text}. A
+    sequence that was cut has lost its EOS, so it does not teach to stop there. None if the cut
+    leaves nothing to train.
+    """
+    return _cut(_encode_pieces([_demonstration_pieces(row, tokenizer)], tokenizer)[0], max_length)
+
+
+def encode_preference(
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Preference | None:
+    """Encode {prompt, chosen, rejected}; None if either sequence is over `max_length` tokens.
+
+    Nothing is cut: a score is read at the last token, and that has to be EOS in both.
+    """
+    chosen, rejected = _encode_pieces(_preference_pieces(row, tokenizer), tokenizer)
+    if max(len(chosen["input_ids"]), len(rejected["input_ids"])) > max_length:
+        return None
+    return {"chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
+
+
+def encode_prompt(
+    row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> list[int] | None:
+    """Encode {prompt} up to where the response begins; None if over `max_length` tokens."""
+    pieces = _prompt_pieces(row["prompt"], tokenizer)
+    ids = _encode_pieces([pieces], tokenizer)[0]["input_ids"]
+    return ids if len(ids) <= max_length else None
+
+
+def decode_completion(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode a response: what stands before its first EOS, without special tokens."""
+    kept = list(ids)
+    if tokenizer.eos_token_id in kept:
+        kept = kept[: kept.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(kept, skip_special_tokens=True))
+
+
+def encode_demonstrations(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Dataset:
+    """Encode all rows to columns {input_ids, loss_mask}; what is cut or dropped is logged.
+
+    Raises ValueError if every prompt is over the limit.
+    """
+    tally = _Tally("prompts", max_length)
+
+    def encode(batch: list[Row]) -> list[Row]:
+        encoded = []
+        full_rows = _encode_pieces([_demonstration_pieces(r, tokenizer) for r in batch], tokenizer)
+        for full in full_rows:
+            cut = _cut(full, max_length)
+            tally.count(len(full["input_ids"]), dropped=cut is None)
+            if cut is not None:
+                encoded.append(dict(cut))
+        return encoded
+
+    return _map(rows, encode, tally, columns=("input_ids", "loss_mask"), keep_columns=False)
+
+
+def encode_preferences(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Dataset:
+    """Encode all rows to columns {chosen_ids, rejected_ids}; pairs over the limit are dropped.
+
+    Raises ValueError if every pair is over the limit.
+    """
+    tally = _Tally("pairs", max_length)
+
+    def encode(batch: list[Row]) -> list[Row]:
+        pieces = [side for row in batch for side in _preference_pieces(row, tokenizer)]
+        ids = [full["input_ids"] for full in _encode_pieces(pieces, tokenizer)]
+        encoded = []
+        for chosen, rejected in zip(ids[::2], ids[1::2], strict=True):
+            longest = max(len(chosen), len(rejected))
+            tally.count(longest, dropped=longest > max_length)
+            if longest <= max_length:
+                encoded.append({"chosen_ids": chosen, "rejected_ids": rejected})
+        return encoded
+
+    return _map(rows, encode, tally, columns=("chosen_ids", "rejected_ids"), keep_columns=False)
+
+
+def encode_prompts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Dataset:
+    """Add a column {input_ids} to all rows; prompts over the limit are dropped.
+
+    The other columns stay: reward functions are given them. Raises ValueError if every prompt is
+    over the limit.
+    """
+    tally = _Tally("prompts", max_length)
+
+    def encode(batch: list[Row]) -> list[Row]:
+        pieces = [_prompt_pieces(row["prompt"], tokenizer) for row in batch]
+        encoded = []
+        for row, full in zip(batch, _encode_pieces(pieces, tokenizer), strict=True):
+            ids = full["input_ids"]
+            tally.count(len(ids), dropped=len(ids) > max_length)
+            if len(ids) <= max_length:
+                encoded.append({**row, "input_ids": ids})
+        return encoded
+
+    return _map(rows, encode, tally, columns=("input_ids",), keep_columns=True)
+
+
+def _demonstration_pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
+    if "text" in row:
+        return [_Piece(row["text"], reply=True, trained=True)]
+    if "messages" in row:
+        return _turns(row["messages"], tokenizer)
+    return _completed_pieces(row["prompt"], row["completion"], tokenizer)
+
+
+def _preference_pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[_Piece]]:
+    return [
+        _completed_pieces(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")
+    ]
+
+
+def _prompt_pieces(prompt: Dialogue, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
+    if isinstance(prompt, str):
+        return [_Piece(prompt, reply=False, trained=False)]
+    return _turns(prompt, tokenizer, open_reply=True)
+
+
+def _completed_pieces(
+    prompt: Dialogue, completion: Dialogue, tokenizer: PreTrainedTokenizerBase
+) -> list[_Piece]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [*_prompt_pieces(prompt, tokenizer), _Piece(completion, reply=True, trained=True)]
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise ValueError("prompt and completion must both be strings or both be message lists")
+    return _turns([*prompt, *completion], tokenizer, trained_from=len(prompt))
+
+
+def _turns(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    trained_from: int = 0,
+    open_reply: bool = False,
+) -> list[_Piece]:
+    """Render a dialogue through the chat template: context, reply, context, reply, ...
+
+    A reply is what the template adds to the generation prompt, up to its EOS. Some templates
+    rewrite earlier turns (they drop the reasoning, say); those turns then become mere context.
+    """
+    pieces: list[_Piece] = []
+    done = ""  # what the pieces so far spell
+
+    def open_turn(before: list[Message]) -> str:
+        nonlocal done
+        opening = _render(before, tokenizer, add_generation_prompt=True)
+        if not opening.startswith(done):
+            pieces.clear()
+            done = ""
+        pieces.append(_Piece(opening[len(done) :], reply=False, trained=False))
+        return opening
+
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opening = open_turn(messages[:i])
+        closed = _render(messages[: i + 1], tokenizer, add_generation_prompt=False)
+        if closed.startswith(opening):
+            reply, end = _before_eos(closed[len(opening) :], str(tokenizer.eos_token))
+            done = opening + end
+        else:
+            reply, done = message["content"], closed
+        pieces.append(_Piece(reply, reply=True, trained=i >= trained_from))
+    if open_reply:
+        open_turn(messages)
+    return pieces
+
+
+def _before_eos(text: str, eos: str) -> tuple[str, str]:
+    """Return a rendered reply without its EOS and what may follow it, and the same with its EOS."""
+    before, found, _ = text.rpartition(eos)
+    return (before, before + found) if found else (text.rstrip(), text.rstrip())
+
+
+def _render(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
+) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            cast(list[dict[str, str]], messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    )
+
+
+def _encode_pieces(
+    sequences: list[list[_Piece]], tokenizer: PreTrainedTokenizerBase
+) -> list[Demonstration]:
+    """Tokenise the pieces of many sequences at once and join each sequence's ids and masks."""
+    texts = [piece.text for pieces in sequences for piece in pieces]
+    ids_of_pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    first = _leading_ids(tokenizer)
+    encoded: list[Demonstration] = []
+    for pieces in sequences:
+        input_ids: list[int] = []
+        loss_mask: list[int] = []
+        for piece in pieces:
+            ids = (
+                _with_one_eos(next(ids_of_pieces), tokenizer)
+                if piece.reply
+                else next(ids_of_pieces)
+            )
+            input_ids += ids
+            loss_mask += [int(piece.trained)] * len(ids)
+        if first and input_ids[:1] != first:
+            input_ids, loss_mask = first + input_ids, [0, *loss_mask]
+        encoded.append({"input_ids": input_ids, "loss_mask": loss_mask})
+    return encoded
+
+
+def _with_one_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return [*ids, cast(int, tokenizer.eos_token_id)]
+
+
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return [BOS] if the tokenizer begins plain text with it, else []."""
+    ids: list[int] = tokenizer("")["input_ids"][:1]
+    return ids if ids == [tokenizer.bos_token_id] else []
+
+
+def _cut(full: Demonstration, max_length: int) -> Demonstration | None:
+    mask = full["loss_mask"][:max_length]
+    return {"input_ids": full["input_ids"][:max_length], "loss_mask": mask} if any(mask) else None
+
+
+class _Tally:
+    """Counts what a limit costs, to say it once."""
+
+    def __init__(self, what: str, max_length: int) -> None:
+        self.what, self.max_length = what, max_length
+        self.rows = self.cut = self.dropped = self.longest = 0
+
+    def count(self, length: int, *, dropped: bool) -> None:
+        self.rows += 1
+        self.dropped += dropped
+        self.cut += length > self.max_length and not dropped
+        self.longest = max(self.longest, length)
+
+    def report(self) -> None:
+        if self.rows and self.dropped == self.rows:
+            raise ValueError(
+                f"all {self.rows} {self.what} are over the limit of {self.max_length} tokens (the"
+                f" longest row has {self.longest}): raise max_length or give shorter rows"
+            )
+        if self.dropped or self.cut:
+            logger.warning(
+                "limit of %d tokens, longest row %d: %d of %d rows dropped, %d cut at the right",
+                self.max_length,
+                self.longest,
+                self.dropped,
+                self.rows,
+                self.cut,
+            )
+
+
+def _map(
+    rows: Dataset,
+    encode: Callable[[list[Row]], list[Row]],
+    tally: _Tally,
+    *,
+    keep_columns: bool,
+    columns: Sequence[str],
+) -> Dataset:
+    """Apply `encode` to batches of rows and report the tally; never reads a stale cache."""
+    features = Features(dict(rows.features) if keep_columns else {})
+    for column in columns:
+        features[column] = List(Value("int32"))
+
+    def encode_columns(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        names = list(batch)
+        encoded = encode(
+            [dict(zip(names, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
+        )
+        return {name: [row[name] for row in encoded] for name in features}
+
+    result = rows.map(
+        encode_columns,
+        batched=True,
+        batch_size=_ROWS_AT_ONCE,
+        remove_columns=rows.column_names,
+        features=features,
+        load_from_cache_file=False,
+        desc="tokenise",
+    )
+    tally.report()
+    return result

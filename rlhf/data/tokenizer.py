@@ -1,0 +1,145 @@
+"""Tokenizers: train a small one, load one, and make sure that it can pad, stop and chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+ROLES = ("system", "user", "assistant")
+
+# The space before a text belongs to the text, so that its first word is the token it always is.
+ROLE_TOKEN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<' + message['role'] + '> ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+# The dialogue of Anthropic's hh-rlhf (and DeepSpeed-Chat): for tokenizers that bring no template.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '\\n\\nAssistant: ' + message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+
+# Tokens that published models keep for padding or keep free, best first.
+_SPARE_TOKENS = (
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|padding|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|endoftext|>",
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that encodes any text without loss.
+
+    Special tokens: <pad>, <bos> (put before plain text), <eos>, and the role tokens <system>,
+    <user>, <assistant> as far as the chat template uses them. Raises ValueError if `vocab_size`
+    has no room for the 256 bytes and the special tokens.
+    """
+    template = chat_template or ROLE_TOKEN_TEMPLATE
+    role_tokens = [
+        f"<{role}>" for role in ROLES if chat_template is None or f"<{role}>" in template
+    ]
+    special_tokens = [PAD, BOS, EOS, *role_tokens]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special_tokens):
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: {len(alphabet)} bytes and"
+            f" {len(special_tokens)} special tokens need {len(alphabet) + len(special_tokens)}"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special_tokens,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        additional_special_tokens=role_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local folder or the hub and prepare it (see `prepare_tokenizer`).
+
+    Raises ValueError that says what was tried if there is none.
+    """
+    try:
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(str(name)))
+    except (OSError, ValueError) as error:
+        where = "the folder" if Path(name).is_dir() else "a local folder and the Hugging Face hub"
+        raise ValueError(
+            f"no tokenizer {str(name)!r} (tried {where}): {_first_line(error)}. Give a folder"
+            " written by save_pretrained, or a hub name that this machine can reach or has cached"
+        ) from error
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give a tokenizer, in place, the padding token and chat template that it lacks.
+
+    Padding must differ from EOS. A tokenizer whose pad token is missing or is its EOS gets a spare
+    special token of its own vocabulary, else its unknown token, else a new "<pad>". What it has
+    already stays untouched.
+
+    Returns the number of tokens added, 0 or 1. If the vocabulary outgrew the model's embedding,
+    the model needs `resize_token_embeddings(len(tokenizer))`.
+
+    Raises ValueError if the tokenizer has no EOS: without one no response ends.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no EOS token, so no response would ever end: set"
+            ' tokenizer.eos_token = "..." to the token that ends a turn, and save it'
+        )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return 0
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    vocabulary = tokenizer.get_vocab()
+    for token in (*_SPARE_TOKENS, tokenizer.unk_token):
+        if token in vocabulary and token not in taken:
+            tokenizer.pad_token = token
+            return 0
+    return int(tokenizer.add_special_tokens({"pad_token": PAD}))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
