@@ -1,0 +1,6 @@
+"""A training model that generates by itself: fused kernels, paged cache, continuous batching."""
+
+from hybrid_engine.engine import EngineConfig, HybridEngine
+from hybrid_engine.generation import Rollout, SamplingParams
+
+__all__ = ["EngineConfig", "HybridEngine", "Rollout", "SamplingParams"]

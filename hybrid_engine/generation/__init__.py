@@ -1,0 +1,6 @@
+"""Sampling, continuous batching and the generate loop."""
+
+from hybrid_engine.generation.loop import GenerationLoop
+from hybrid_engine.generation.params import Rollout, SamplingParams
+
+__all__ = ["GenerationLoop", "Rollout", "SamplingParams"]

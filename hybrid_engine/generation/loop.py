@@ -1,0 +1,153 @@
+"""The generate loop: admit, prefill, decode, sample, retire, until nothing is left."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_engine import ops
+from hybrid_engine.cache import KVCache
+from hybrid_engine.generation.params import FinishReason, Rollout, SamplingParams
+from hybrid_engine.generation.rows import Rows
+from hybrid_engine.generation.scheduler import Scheduler, Sequence
+from hybrid_engine.models import Decoder
+
+
+class GenerationLoop:
+    """Generates for all prompts of one scheduler. `step` advances every running sequence by one."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        scheduler: Scheduler,
+        params: SamplingParams,
+        *,
+        prompts: int,
+        capacity: int,
+        stop_token_ids: tuple[int, ...],
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._scheduler = scheduler
+        self._params = params
+        device = decoder.device
+        self._rows = Rows(
+            capacity=capacity,
+            max_blocks=cache.num_blocks,
+            block_size=cache.block_size,
+            device=device,
+        )
+        self._sampling = _sampling_tensors(params, capacity, device)
+        self._stop = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
+        shape = (prompts, params.max_new_tokens)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.truncated_logprobs = torch.zeros(shape, device=device)
+        self.lengths = torch.zeros(prompts, dtype=torch.int64, device=device)
+        self.finish_reasons: list[FinishReason] = ["length"] * prompts
+
+    @property
+    def done(self) -> bool:
+        return self._scheduler.done
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token for every running sequence; new ones get their first."""
+        if admitted := self._scheduler.admit():
+            self._prefill(admitted)
+        if self._rows.count:
+            self._decode()
+
+    def rollout(self, pad_token_id: int) -> Rollout:
+        """What was generated, cut to the longest response."""
+        longest = int(self.lengths.max()) if len(self.lengths) else 0
+        inside = torch.arange(longest, device=self.lengths.device) < self.lengths.unsqueeze(1)
+        return Rollout(
+            tokens=torch.where(inside, self.tokens[:, :longest], pad_token_id),
+            logprobs=torch.where(inside, self.logprobs[:, :longest], 0.0),
+            truncated_logprobs=torch.where(inside, self.truncated_logprobs[:, :longest], 0.0),
+            lengths=self.lengths.clone(),
+            finish_reasons=self.finish_reasons,
+        )
+
+    def _prefill(self, admitted: list[Sequence]) -> None:
+        for sequence in admitted:
+            self._rows.append(sequence)
+        batch = self._rows.prefill_batch(admitted)
+        hidden = self._decoder.hidden_states(batch, self._cache)
+        assert batch.cu_seqlens is not None
+        first_row = self._rows.count - len(admitted)
+        # A recomputed sequence has its next token already.
+        fresh = [i for i, sequence in enumerate(admitted) if not sequence.response]
+        if fresh:
+            last = batch.cu_seqlens[1:].long()[fresh] - 1
+            self._sample(hidden[last], [first_row + i for i in fresh])
+
+    def _decode(self) -> None:
+        for row in self._rows.needing_block():
+            self._provide_block(row)
+        rows = self._rows
+        hidden = self._decoder.hidden_states(rows.decode_batch(), self._cache)
+        rows.lengths[: rows.count] += 1
+        self._sample(hidden, None)
+
+    def _provide_block(self, row: int) -> None:
+        while row < self._rows.count:
+            if (block := self._scheduler.grow(row)) is not None:
+                self._rows.add_block(row, block)
+                return
+            self._preempt_last()
+
+    def _preempt_last(self) -> None:
+        last = self._rows.count - 1
+        index, steps = int(self._rows.indices[last]), int(self._rows.steps[last])
+        self._scheduler.preempt_last(self.tokens[index, :steps].tolist())
+        self._rows.remove(last)
+
+    def _sample(self, hidden: Tensor, chosen: list[int] | None) -> None:
+        """Sample for the chosen rows, or for all, and retire those that end."""
+        rows = self._rows
+        device = rows.tokens.device
+        which = slice(rows.count) if chosen is None else torch.tensor(chosen, device=device)
+        indices, steps = rows.indices[which], rows.steps[which]
+        temperature, top_k, top_p, min_p = (t[: len(indices)] for t in self._sampling)
+        seeds = indices + (self._params.seed << 32)
+        tokens, logprobs, truncated = ops.sample(
+            self._decoder.logits(hidden), temperature, top_k, top_p, min_p, seeds, steps
+        )
+        self.tokens[indices, steps] = tokens
+        self.logprobs[indices, steps] = logprobs
+        self.truncated_logprobs[indices, steps] = truncated
+        lengths = steps + 1
+        self.lengths[indices] = lengths
+        rows.tokens[which] = tokens
+        rows.steps[which] = lengths
+        self._retire(tokens, lengths, chosen)
+
+    def _retire(self, tokens: Tensor, steps: Tensor, chosen: list[int] | None) -> None:
+        stopped = torch.isin(tokens, self._stop)
+        ended = (stopped | (steps >= self._params.max_new_tokens)).nonzero().flatten().tolist()
+        was_stop = stopped.tolist() if ended else []
+        for i in reversed(ended):  # the last row moves into a hole, so from the end
+            row = i if chosen is None else chosen[i]
+            sequence = self._scheduler.finish(row)
+            if was_stop[i]:
+                self.finish_reasons[sequence.index] = "stop"
+            self._rows.remove(row)
+
+
+def _sampling_tensors(
+    params: SamplingParams, rows: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Temperature, top_k, top_p and min_p of every row, as `ops.sample` takes them."""
+
+    def full(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((rows,), value, dtype=dtype, device=device)
+
+    return (
+        full(params.temperature, torch.float32),
+        full(params.top_k, torch.int64),
+        full(params.top_p, torch.float32),
+        full(params.min_p, torch.float32),
+    )

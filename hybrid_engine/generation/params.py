@@ -1,0 +1,52 @@
+"""What a caller asks for, and what it gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to pick tokens. The default samples from the whole distribution, as PPO wants it."""
+
+    max_new_tokens: int = 128  # the response ends here at the latest
+    temperature: float = 1.0  # divides the logits; 0: greedy
+    top_k: int = 0  # keep the k most probable tokens; 0: all
+    top_p: float = 1.0  # keep the fewest tokens with this mass; 1: all
+    min_p: float = 0.0  # drop tokens under min_p times the largest probability
+    seed: int = 0  # with the prompt's index, determines every draw
+    stop_token_ids: tuple[int, ...] | None = None  # None: the model's generation_config
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be in [0, 2^31), got {self.seed}")
+
+
+@dataclass
+class Rollout:
+    """The responses to B prompts, right-padded to the longest, T."""
+
+    tokens: Tensor  # (B, T) int64; pad_token_id after the end
+    logprobs: Tensor  # (B, T) fp32, under the whole distribution at the temperature; 0 after the end
+    truncated_logprobs: Tensor  # (B, T) fp32, under the distribution sampled from; 0 after the end
+    lengths: Tensor  # (B,) int64, the stop token included
+    finish_reasons: list[FinishReason] = field(default_factory=list)  # B of them
+
+    def response(self, index: int) -> list[int]:
+        """The tokens of one response, the stop token included."""
+        return self.tokens[index, : int(self.lengths[index])].tolist()

@@ -1,0 +1,91 @@
+"""The running batch as tensors: row i holds what the next decode step of sequence i needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_engine.generation.scheduler import Sequence
+from hybrid_engine.models import DecoderBatch
+
+
+class Rows:
+    """Fixed tensors of `capacity` rows, of which the first `count` run."""
+
+    def __init__(
+        self, *, capacity: int, max_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.count = 0
+        self.tokens = zeros(capacity)  # fed next, not yet cached
+        self.lengths = zeros(capacity)  # cached tokens
+        self.steps = zeros(capacity)  # response tokens so far
+        self.indices = zeros(capacity)  # the prompt's place in the caller's list
+        self.block_tables = zeros(capacity, max_blocks, dtype=torch.int32)
+        self._block_size = block_size
+        self._row_numbers = torch.arange(capacity, device=device)
+
+    def append(self, sequence: Sequence) -> None:
+        """A new last row for a sequence whose tokens have just been cached."""
+        row = self.count
+        self.lengths[row] = len(sequence.tokens)
+        self.steps[row] = len(sequence.response)
+        self.indices[row] = sequence.index
+        if sequence.response:
+            self.tokens[row] = sequence.response[-1]
+        blocks = torch.tensor(sequence.blocks, dtype=torch.int32)
+        self.block_tables[row, : len(blocks)] = blocks
+        self.count += 1
+
+    def remove(self, row: int) -> None:
+        """Drop a row; the last one moves into its place."""
+        self.count -= 1
+        for tensor in (self.tokens, self.lengths, self.steps, self.indices, self.block_tables):
+            tensor[row] = tensor[self.count]
+
+    def needing_block(self) -> list[int]:
+        """Rows whose next token starts a new block."""
+        full = self.lengths[: self.count] % self._block_size == 0
+        return full.nonzero().flatten().tolist()
+
+    def add_block(self, row: int, block: int) -> None:
+        self.block_tables[row, int(self.lengths[row]) // self._block_size] = block
+
+    def decode_batch(self) -> DecoderBatch:
+        """One token of every running row. Each row has a block for it."""
+        n = self.count
+        lengths = self.lengths[:n]
+        block = self.block_tables[self._row_numbers[:n], lengths // self._block_size]
+        return DecoderBatch(
+            tokens=self.tokens[:n],
+            positions=lengths,
+            slot_mapping=block * self._block_size + lengths % self._block_size,
+            block_tables=self.block_tables[:n],
+            seq_lens=(lengths + 1).int(),
+        )
+
+    def prefill_batch(self, sequences: list[Sequence]) -> DecoderBatch:
+        """All tokens of the last rows, which hold `sequences`."""
+        device = self.tokens.device
+        counts = [len(sequence.tokens) for sequence in sequences]
+        tokens = [token for sequence in sequences for token in sequence.tokens]
+        slots = [slot for sequence in sequences for slot in self._slots(sequence)]
+        positions = torch.cat([torch.arange(count) for count in counts])
+        ends = torch.tensor([0, *counts]).cumsum(0)
+        first = self.count - len(sequences)
+        return DecoderBatch(
+            tokens=torch.tensor(tokens, device=device),
+            positions=positions.to(device),
+            slot_mapping=torch.tensor(slots, device=device),
+            block_tables=self.block_tables[first : self.count],
+            seq_lens=torch.tensor(counts, dtype=torch.int32, device=device),
+            cu_seqlens=ends.to(torch.int32).to(device),
+            max_query_len=max(counts),
+        )
+
+    def _slots(self, sequence: Sequence) -> list[int]:
+        size = self._block_size
+        count = len(sequence.tokens)
+        return [sequence.blocks[i // size] * size + i % size for i in range(count)]
