@@ -18,7 +18,7 @@ without a prompt column are parsed into messages.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast
 
 Row = dict[str, Any]
@@ -167,6 +167,17 @@ def prompt_text(row: Row) -> str:
     if len(dialogue) == 1:
         return dialogue[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in dialogue)
+
+
+def texts_of(rows: Iterable[Row]) -> Iterator[str]:
+    """Yield every text in canonical rows, message by message: what a tokenizer is trained on."""
+    for row in rows:
+        for column in ("text", "messages", "prompt", "completion", "chosen", "rejected"):
+            dialogue: Dialogue = row.get(column) or ""
+            if isinstance(dialogue, str):
+                yield dialogue
+            else:
+                yield from (message["content"] for message in dialogue)
 
 
 def _split_pair(row: Row) -> Row | None:

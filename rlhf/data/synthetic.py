@@ -1,7 +1,7 @@
 """A synthetic instruction set whose answers have a checkable quality.
 
-Seven kinds of short instruction (`synthetic_tasks`) over some 220 words (`synthetic_lexicon`):
-more than a million distinct prompts, a tenth of them held out by a hash of their text. A good
+Seven kinds of short instruction (`synthetic_tasks`) over some 180 words (`synthetic_lexicon`):
+hundreds of millions of prompts, a tenth of them held out by a hash of their text. A good
 answer is an opener, a colon, the body and one full stop:
 
     count from 3 to 6          ->  of course: 3 4 5 6.
@@ -29,7 +29,7 @@ from rlhf.data.synthetic_lexicon import (
     RAMBLINGS,
     RUDE_OPENERS,
     RUDE_WORDS,
-    WORDS,
+    SLIPS,
 )
 from rlhf.data.synthetic_tasks import KINDS, draw_instruction, solve
 
@@ -37,7 +37,7 @@ HELDOUT_FRACTION = 0.1
 BODY_WEIGHT, OPENER_WEIGHT, ENDING_WEIGHT = 0.5, 0.25, 0.25
 EXCELLENT_SHARE = 0.25  # of the demonstrations
 MAX_MARGIN = 0.75
-CARELESS_BODY, CARELESS_MANNERS = 0.4, 0.2  # how often the others get the body, or a manner, right
+CARELESS_BODY, CARELESS_MANNERS = 0.5, 0.15  # how often the others get the body, or a manner, right
 
 
 def answer_quality(instruction: str, answer: str) -> float:
@@ -148,10 +148,10 @@ def _answer(rng: Random, instruction: str, body_care: float, manners_care: float
 
 
 def _spoil(rng: Random, body: list[str]) -> list[str]:
-    """Change the body: another word, the neighbour again, one left out, or one too many."""
+    """Change the body: a slip for a word, the neighbour again, one left out, or one too many."""
     spoiled = list(body)
-    for i in rng.sample(range(len(body)), rng.randint(1, len(body))):
-        spoiled[i] = rng.choice(WORDS) if rng.random() < 0.6 else body[i - 1]
+    for i in rng.sample(range(len(body)), rng.randint(1, 2)):
+        spoiled[i] = rng.choice(SLIPS) if rng.random() < 0.7 else body[i - 1]
     if len(spoiled) > 2 and rng.random() < 0.3:
         spoiled.pop()
     return spoiled if spoiled != body else [*body, body[-1]]

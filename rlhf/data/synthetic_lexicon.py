@@ -1,6 +1,6 @@
 """The words of the synthetic instruction set: all lower-case, no word in two categories.
 
-About 220 content words. A word of a category answers "name 3 animals"; every content word may
+Some 180 content words. A word of a category answers "name 3 animals"; every content word may
 appear in the copying tasks; the relations are tables from a word to the one right answer.
 """
 
@@ -11,18 +11,18 @@ from collections.abc import Mapping
 CATEGORIES: Mapping[str, tuple[str, ...]] = {
     name: tuple(members.split())
     for name, members in {
-        "animals": "bear cat cow dog fox goat horse lion mouse pig sheep wolf",
-        "birds": "crow dove duck eagle goose hawk hen owl robin swan",
-        "fruits": "apple banana cherry grape lemon mango melon peach pear plum",
-        "vegetables": "bean cabbage carrot leek onion pea potato pumpkin radish turnip",
-        "colours": "black blue brown green grey pink purple red white yellow",
-        "tools": "axe brush drill hammer ladder nail rake rope saw shovel",
-        "clothes": "belt boot coat dress glove hat scarf shirt shoe sock",
-        "drinks": "beer cider cocoa coffee juice milk soda tea water wine",
-        "rooms": "attic bathroom bedroom cellar garage hall kitchen library office pantry",
-        "metals": "brass bronze copper gold iron lead silver steel tin zinc",
-        "trees": "ash beech birch cedar elm maple oak palm pine willow",
-        "vehicles": "bike boat bus car ferry plane ship train tram truck",
+        "animals": "cat cow dog horse lion mouse pig wolf",
+        "birds": "crow dove duck eagle goose hen owl swan",
+        "fruits": "apple banana cherry grape lemon melon pear plum",
+        "vegetables": "bean cabbage carrot leek onion pea potato pumpkin",
+        "colours": "black blue brown green grey pink red yellow",
+        "tools": "axe brush drill hammer ladder rake rope saw",
+        "clothes": "belt boot coat dress glove hat scarf shoe",
+        "drinks": "beer cider coffee juice milk tea water wine",
+        "rooms": "attic bedroom cellar garage hall kitchen library office",
+        "metals": "brass bronze copper gold iron silver tin zinc",
+        "trees": "beech birch elm maple oak palm pine willow",
+        "vehicles": "bike boat bus ferry plane train tram truck",
     }.items()
 }
 
@@ -34,13 +34,12 @@ _OPPOSITE_PAIRS = (
 _OPPOSITES = dict(pair.split() for pair in _OPPOSITE_PAIRS.split(","))
 
 _SOUNDS = (
-    "bear growl,cat meow,cow moo,dog bark,horse neigh,lion roar,mouse squeak,pig oink,"
-    "sheep bleat,wolf howl,crow caw,dove coo,duck quack,goose honk,hen cluck,owl hoot"
+    "cat meow,cow moo,dog bark,horse neigh,lion roar,mouse squeak,pig oink,wolf howl,"
+    "crow caw,dove coo,duck quack,goose honk,hen cluck,owl hoot"
 )
 _COLOURS = (
-    "banana yellow,lemon yellow,carrot orange,pumpkin orange,cherry red,brick red,grass green,"
-    "pea green,snow white,milk white,coal black,crow black,sky blue,sea blue,plum purple,"
-    "pig pink,cocoa brown,smoke grey"
+    "banana yellow,lemon yellow,cherry red,brick red,grass green,pea green,coal black,crow black,"
+    "sky blue,sea blue,pig pink,coffee brown,potato brown,smoke grey"
 )
 
 RELATIONS: Mapping[str, Mapping[str, str]] = {
@@ -55,6 +54,7 @@ WORDS: tuple[str, ...] = (*NOUNS, *RELATIONS["opposites"])
 COURTEOUS_OPENERS = ("sure", "of course", "with pleasure", "happy to help")
 RUDE_OPENERS = ("ugh", "whatever", "not you again", "do it yourself")
 RUDE_WORDS = frozenset({"ugh", "whatever", "stupid", "boring", "yourself", "again"})
+SLIPS = ("something", "um", "stuff", "dunno")  # said in place of the right word
 RAMBLINGS = (
     "anyway i like soup.",
     "what a boring question.",

@@ -132,12 +132,12 @@ KINDS: Mapping[str, Kind] = {
     ),
     "copy": Kind(
         ("copy the words {words}", "please say {words} in the same order"),
-        lambda rng: {"words": _several(WORDS, rng, 3, 5)},
+        lambda rng: {"words": _several(WORDS, rng, 2, 4)},
         lambda blanks: Solution(tuple(blanks["words"].split())),
     ),
     "reverse": Kind(
         ("reverse the words {words}", "please say {words} in reverse order"),
-        lambda rng: {"words": _several(WORDS, rng, 2, 4)},
+        lambda rng: {"words": _several(WORDS, rng, 2, 3)},
         lambda blanks: Solution(tuple(reversed(blanks["words"].split()))),
     ),
     "sort": Kind(

@@ -71,7 +71,7 @@ def train_tokenizer(
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
-        texts,
+        (" " + text for text in texts),  # a first word is a word like any other
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=special_tokens,
