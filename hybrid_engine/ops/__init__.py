@@ -3,6 +3,7 @@
 from hybrid_engine.ops import native
 from hybrid_engine.ops.activation import bias_gelu, gelu_and_mul, relu, silu_and_mul
 from hybrid_engine.ops.attention import decode_attention, prefill_attention
+from hybrid_engine.ops.logprob import linear_logprob
 from hybrid_engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from hybrid_engine.ops.registry import OPS
 from hybrid_engine.ops.rope import rope_and_store_kv
@@ -19,6 +20,7 @@ __all__ = [
     "decode_attention",
     "gelu_and_mul",
     "layer_norm",
+    "linear_logprob",
     "prefill_attention",
     "relu",
     "rms_norm",
