@@ -1,0 +1,233 @@
+"""Every option of the pipeline: typed, checked, with the sentence that `--help` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _fraction(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The pretrained model that the first step starts from."""
+
+    path: str | None = None
+    """Folder or hub name of a Hugging Face causal language model."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; default: the model's."""
+    init: dict[str, Any] | None = None
+    """Instead of path: the config of a randomly initialised model, with its model_type."""
+    vocab_size: int = 1024
+    """With init and no tokenizer: size of a byte-level BPE trained on the SFT data."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.init is not None:
+            raise ValueError("model.path and model.init exclude each other; give one")
+        if self.init is not None and "model_type" not in self.init:
+            raise ValueError('model.init needs a model_type, such as {"model_type": "llama"}')
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """One dataset."""
+
+    name: str = "synthetic"
+    """`synthetic`, a .json, .jsonl or .parquet file, a folder, or a hub name."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    columns: dict[str, str] | None = None
+    """Our name for a column -> the dataset's, such as {prompt: instruction}."""
+    rows: int | None = None
+    """At most so many training rows; for `synthetic`, how many to generate."""
+    heldout_rows: int = 500
+    """At most so many rows held out for evaluation."""
+    heldout_fraction: float = 0.05
+    """Share of the prompts held out when the dataset has no such split."""
+    max_length: int = 512
+    """Tokens of prompt and completion together; a PPO prompt alone."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "heldout_rows", "max_length")
+        _fraction(self, "heldout_fraction")
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows must be positive, got {self.rows}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 1e-5
+    """The highest learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up, to a tenth of its height."""
+    warmup_fraction: float = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "max_grad_norm")
+        _fraction(self, "warmup_fraction")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Step 1, supervised fine-tuning: cross-entropy on the completions."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Demonstrations."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    epochs: int = 1
+    """Passes over the data."""
+    batch_size: int = 32
+    """Rows in an optimizer step."""
+    micro_batch_size: int = 32
+    """Rows in a forward pass; memory, not results, depends on it."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "micro_batch_size")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Step 2, the reward model: pairwise loss on preferences."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Preference pairs."""
+    model_path: str | None = None
+    """The model to start from; default: the SFT model in the output folder."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    epochs: int = 1
+    """Passes over the data; more than one overfits on real preferences."""
+    batch_size: int = 32
+    """Pairs in an optimizer step."""
+    micro_batch_size: int = 32
+    """Pairs in a forward pass; memory, not results, depends on it."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "micro_batch_size")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Step 3, proximal policy optimisation against the reward model."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts."""
+    actor_path: str | None = None
+    """The policy to start from, also the reference; default: the SFT model in the output folder."""
+    reward_path: str | None = None
+    """The reward model, also the critic's start; default: the one in the output folder."""
+    actor_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer of the actor."""
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer of the critic."""
+    iterations: int = 100
+    """Rounds of rollout and update."""
+    batch_size: int = 64
+    """Prompts in a rollout."""
+    mini_batches: int = 1
+    """Optimizer steps into which each epoch over a rollout is divided."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    micro_batch_size: int = 32
+    """Sequences in a forward pass; memory, not results, depends on it."""
+    max_new_tokens: int = 128
+    """Longest response."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-prob."""
+    kl_coef: float = 0.05
+    """Weight of the KL penalty in the reward."""
+    kl_target: float | None = None
+    """KL per response at which an adaptive kl_coef aims; default: kl_coef stays fixed."""
+    kl_horizon: int = 10000
+    """Responses over which the adaptive kl_coef moves."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    cliprange: float = 0.2
+    """Clip of the probability ratio."""
+    cliprange_value: float = 0.2
+    """Clip of the value update."""
+    reward_clip: float = 5.0
+    """Scores are clipped to +- this."""
+    missing_eos_penalty: float = 1.0
+    """Taken from the score of a response that does not end by itself."""
+    critic_warmup: int = 0
+    """First iterations in which only the critic learns."""
+    old_logprobs: Literal["rollout", "recompute"] = "rollout"
+    """Old log-probs: as sampled, or from one more training forward."""
+    reward_function: str | None = None
+    """Instead of the reward model: module:function, f(prompts, completions, **columns)."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "iterations", "batch_size", "mini_batches", "epochs", "micro_batch_size",
+            "max_new_tokens", "temperature", "cliprange", "cliprange_value", "reward_clip",
+            "kl_horizon",
+        )  # fmt: skip
+        _fraction(self, "gamma", "lam")
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef must be 0 or more, got {self.kl_coef}")
+        if self.mini_batches > self.batch_size:
+            raise ValueError(
+                f"mini_batches ({self.mini_batches}) must not exceed batch_size ({self.batch_size})"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the report measures on held-out prompts."""
+
+    prompts: int = 256
+    """Held-out prompts to answer, before and after PPO."""
+    metric: str | None = None
+    """module:function with the signature of a reward function: the true quality, if there is one."""
+    samples: int = 5
+    """Dialogues shown before and after."""
+    compare_hf_generate: bool = True
+    """Time plain HF generate next to the rollout, on the same model and prompts."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "prompts", "samples")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One file for all steps; each step reads its own section."""
+
+    output_dir: str = "runs/rlhf"
+    """Where models, metrics and the report go."""
+    seed: int = 0
+    """Of everything random."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The pretrained model."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """Step 1."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Step 2."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """Step 3."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The report."""

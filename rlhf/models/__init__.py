@@ -1,0 +1,23 @@
+"""Hugging Face models: loading, saving, and the three things that training reads from them."""
+
+from rlhf.models.forward import (
+    completion_logprobs,
+    response_logprobs,
+    response_values,
+    sequence_scores,
+)
+from rlhf.models.loading import build_causal_lm, load_causal_lm, load_scorer, parameter_count
+from rlhf.models.saving import finished_directory, save_model
+
+__all__ = [
+    "build_causal_lm",
+    "completion_logprobs",
+    "finished_directory",
+    "load_causal_lm",
+    "load_scorer",
+    "parameter_count",
+    "response_logprobs",
+    "response_values",
+    "save_model",
+    "sequence_scores",
+]

@@ -1,0 +1,94 @@
+"""Models from local folders, the hub, or a config with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+
+from hybrid_engine.models import find_family
+
+
+def load_causal_lm(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype
+) -> nn.Module:
+    """A causal language model from a folder or the hub, of a family that the engine knows.
+
+    Its embedding grows if the tokenizer has more tokens. Raises ValueError if there is no such
+    model, or its family is unknown.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("causal language model", path, error)) from error
+    find_family(model)
+    return _with_special_tokens(model, tokenizer)
+
+
+def build_causal_lm(
+    init: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype
+) -> nn.Module:
+    """A causal language model with random weights; `init` is its config with its model_type."""
+    tokens = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    options = {"vocab_size": len(tokenizer), **tokens, **init}
+    model_type = options.pop("model_type")
+    try:
+        config = AutoConfig.for_model(model_type, **options)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"model.init does not describe a causal language model: {error}") from error
+    find_family(model)
+    return _with_special_tokens(model, tokenizer)
+
+
+def load_scorer(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype
+) -> nn.Module:
+    """A sequence classification model with one label: reward model or critic.
+
+    From a causal language model's folder the body is taken and the score head is new. Raises
+    ValueError if there is no such model or it has more than one label.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        fresh = not any("SequenceClassification" in a for a in config.architectures or [])
+        if not fresh and config.num_labels != 1:
+            raise ValueError(f"it has {config.num_labels} labels, a reward model has 1")
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("reward model", path, error)) from error
+    return _with_special_tokens(model, tokenizer)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Distinct parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _with_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    for settings in (model.config, getattr(model, "generation_config", None)):
+        if settings is None:
+            continue
+        settings.pad_token_id = tokenizer.pad_token_id
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(settings, name, None) is None:
+                setattr(settings, name, getattr(tokenizer, name))
+    return model
+
+
+def _not_found(what: str, path: str, error: Exception) -> str:
+    where = "the folder" if Path(path).is_dir() else "a local folder and the Hugging Face hub"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"no {what} {path!r} (tried {where}): {reason}"

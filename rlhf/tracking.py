@@ -1,0 +1,108 @@
+"""Where metrics go: a JSON line a step, TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Tracker:
+    """The metrics of one step of the pipeline, in `<folder>/<name>.jsonl` and TensorBoard."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # half a second that --help need not pay
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.history: list[dict[str, float]] = []
+        self._file = (folder / f"{name}.jsonl").open("w")
+        self._board = SummaryWriter(str(folder / "tensorboard" / name))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        record = {"step": step, **metrics}
+        self.history.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class ProgressBar:
+    """A bar with steps, tokens per second, time left, and the metrics worth watching."""
+
+    def __init__(self, title: str, steps: int, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task(title, total=steps, status="")
+        self._tokens = 0
+
+    def advance(self, *, tokens: int, **watched: float) -> None:
+        self._tokens += tokens
+        self._progress.advance(self._task)
+        elapsed = self._progress.tasks[0].elapsed or 1e-9
+        parts = [f"{self._tokens / elapsed:,.0f} tokens/s"]
+        parts += [f"{name} {value:.3f}" for name, value in watched.items()]
+        self._progress.update(self._task, status="  ".join(parts))
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+
+class Stopwatch:
+    """Seconds by name: `with watch("rollout"): ...` adds to `watch.seconds["rollout"]`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str) -> _Lap:
+        return _Lap(self.seconds, name)
+
+
+class _Lap:
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds = seconds
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: Any) -> None:
+        elapsed = time.perf_counter() - self._start
+        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + elapsed
