@@ -1,21 +1,21 @@
 """From canonical rows to token ids and loss masks.
 
-A row is rendered piece by piece: what the model reads, what it has to say, and so on in turn.
-Each piece is tokenised on its own and the ids are joined, so no token ever straddles the border
-between a prompt and a completion, and the ids of a prompt are a true prefix of the ids that a
-model is trained on. What the model says ends with exactly one EOS, and only that is trained.
+Each piece of a rendered row is tokenised on its own and the ids are joined, so no token ever
+straddles the border between a prompt and a completion, and the ids of a prompt are a true prefix
+of the ids that a model is trained on. What the model says ends with exactly one EOS.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.formats import Dialogue, Message, Row
+from rlhf.data.formats import Row
+from rlhf.data.rendering import Piece, demonstration_pieces, preference_pieces, prompt_pieces
 
 logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 256
@@ -35,12 +35,6 @@ class Preference(TypedDict):
     rejected_ids: list[int]
 
 
-class _Piece(NamedTuple):
-    text: str
-    reply: bool  # said by the model: its ids end with EOS
-    trained: bool
-
-
 def encode_demonstration(
     row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> Demonstration | None:
@@ -50,7 +44,7 @@ def encode_demonstration(
     sequence that was cut has lost its EOS, so it does not teach to stop there. None if the cut
     leaves nothing to train.
     """
-    return _cut(_encode_pieces([_demonstration_pieces(row, tokenizer)], tokenizer)[0], max_length)
+    return _cut(_encode_pieces([demonstration_pieces(row, tokenizer)], tokenizer)[0], max_length)
 
 
 def encode_preference(
@@ -60,7 +54,7 @@ def encode_preference(
 
     Nothing is cut: a score is read at the last token, and that has to be EOS in both.
     """
-    chosen, rejected = _encode_pieces(_preference_pieces(row, tokenizer), tokenizer)
+    chosen, rejected = _encode_pieces(preference_pieces(row, tokenizer), tokenizer)
     if max(len(chosen["input_ids"]), len(rejected["input_ids"])) > max_length:
         return None
     return {"chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
@@ -70,7 +64,7 @@ def encode_prompt(
     row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[int] | None:
     """Encode {prompt} up to where the response begins; None if over `max_length` tokens."""
-    pieces = _prompt_pieces(row["prompt"], tokenizer)
+    pieces = prompt_pieces(row["prompt"], tokenizer)
     ids = _encode_pieces([pieces], tokenizer)[0]["input_ids"]
     return ids if len(ids) <= max_length else None
 
@@ -94,7 +88,7 @@ def encode_demonstrations(
 
     def encode(batch: list[Row]) -> list[Row]:
         encoded = []
-        full_rows = _encode_pieces([_demonstration_pieces(r, tokenizer) for r in batch], tokenizer)
+        full_rows = _encode_pieces([demonstration_pieces(r, tokenizer) for r in batch], tokenizer)
         for full in full_rows:
             cut = _cut(full, max_length)
             tally.count(len(full["input_ids"]), dropped=cut is None)
@@ -115,7 +109,7 @@ def encode_preferences(
     tally = _Tally("pairs", max_length)
 
     def encode(batch: list[Row]) -> list[Row]:
-        pieces = [side for row in batch for side in _preference_pieces(row, tokenizer)]
+        pieces = [side for row in batch for side in preference_pieces(row, tokenizer)]
         ids = [full["input_ids"] for full in _encode_pieces(pieces, tokenizer)]
         encoded = []
         for chosen, rejected in zip(ids[::2], ids[1::2], strict=True):
@@ -139,7 +133,7 @@ def encode_prompts(
     tally = _Tally("prompts", max_length)
 
     def encode(batch: list[Row]) -> list[Row]:
-        pieces = [_prompt_pieces(row["prompt"], tokenizer) for row in batch]
+        pieces = [prompt_pieces(row["prompt"], tokenizer) for row in batch]
         encoded = []
         for row, full in zip(batch, _encode_pieces(pieces, tokenizer), strict=True):
             ids = full["input_ids"]
@@ -151,96 +145,8 @@ def encode_prompts(
     return _map(rows, encode, tally, columns=("input_ids",), keep_columns=True)
 
 
-def _demonstration_pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
-    if "text" in row:
-        return [_Piece(row["text"], reply=True, trained=True)]
-    if "messages" in row:
-        return _turns(row["messages"], tokenizer)
-    return _completed_pieces(row["prompt"], row["completion"], tokenizer)
-
-
-def _preference_pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[_Piece]]:
-    return [
-        _completed_pieces(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")
-    ]
-
-
-def _prompt_pieces(prompt: Dialogue, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
-    if isinstance(prompt, str):
-        return [_Piece(prompt, reply=False, trained=False)]
-    return _turns(prompt, tokenizer, open_reply=True)
-
-
-def _completed_pieces(
-    prompt: Dialogue, completion: Dialogue, tokenizer: PreTrainedTokenizerBase
-) -> list[_Piece]:
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return [*_prompt_pieces(prompt, tokenizer), _Piece(completion, reply=True, trained=True)]
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise ValueError("prompt and completion must both be strings or both be message lists")
-    return _turns([*prompt, *completion], tokenizer, trained_from=len(prompt))
-
-
-def _turns(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    trained_from: int = 0,
-    open_reply: bool = False,
-) -> list[_Piece]:
-    """Render a dialogue through the chat template: context, reply, context, reply, ...
-
-    A reply is what the template adds to the generation prompt, up to its EOS. Some templates
-    rewrite earlier turns (they drop the reasoning, say); those turns then become mere context.
-    """
-    pieces: list[_Piece] = []
-    done = ""  # what the pieces so far spell
-
-    def open_turn(before: list[Message]) -> str:
-        nonlocal done
-        opening = _render(before, tokenizer, add_generation_prompt=True)
-        if not opening.startswith(done):
-            pieces.clear()
-            done = ""
-        pieces.append(_Piece(opening[len(done) :], reply=False, trained=False))
-        return opening
-
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        opening = open_turn(messages[:i])
-        closed = _render(messages[: i + 1], tokenizer, add_generation_prompt=False)
-        if closed.startswith(opening):
-            reply, end = _before_eos(closed[len(opening) :], str(tokenizer.eos_token))
-            done = opening + end
-        else:
-            reply, done = message["content"], closed
-        pieces.append(_Piece(reply, reply=True, trained=i >= trained_from))
-    if open_reply:
-        open_turn(messages)
-    return pieces
-
-
-def _before_eos(text: str, eos: str) -> tuple[str, str]:
-    """Return a rendered reply without its EOS and what may follow it, and the same with its EOS."""
-    before, found, _ = text.rpartition(eos)
-    return (before, before + found) if found else (text.rstrip(), text.rstrip())
-
-
-def _render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            cast(list[dict[str, str]], messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    )
-
-
 def _encode_pieces(
-    sequences: list[list[_Piece]], tokenizer: PreTrainedTokenizerBase
+    sequences: list[list[Piece]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Demonstration]:
     """Tokenise the pieces of many sequences at once and join each sequence's ids and masks."""
     texts = [piece.text for pieces in sequences for piece in pieces]

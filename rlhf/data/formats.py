@@ -44,19 +44,18 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt",),
     "text": ("text",),
 }
+_PAIRS = ("preference", "implicit_preference")
 _SERVES: Mapping[Purpose, tuple[str, ...]] = {
     "demonstrations": (
-        "preference",
-        "implicit_preference",
+        *_PAIRS,
         "prompt_completion",
         "messages",
         "question_answer",
         "text",
     ),
-    "preferences": ("preference", "implicit_preference"),
+    "preferences": _PAIRS,
     "prompts": (
-        "preference",
-        "implicit_preference",
+        *_PAIRS,
         "prompt_completion",
         "messages",
         "question_answer",
@@ -87,23 +86,25 @@ def detect_format(column_names: Collection[str], *, purpose: Purpose | None = No
 def to_demonstration(row: Row) -> Row | None:
     """Return {text}, {messages} or {prompt, completion}; None if there is nothing to learn."""
     form = detect_format(row, purpose="demonstrations")
+    row = _cleaned(row, form)
     if form == "text":
-        return {"text": row["text"]} if (row["text"] or "").strip() else None
+        return {"text": row["text"]} if _said_something(row["text"]) else None
     if form == "messages":
         messages = _until_last_reply(_messages(row["messages"]))
         return {"messages": messages} if messages else None
-    if "chosen" in row:
-        preference = _split_pair(row)
-        return _completed(preference["prompt"], preference["chosen"]) if preference else None
-    if form == "question_answer":
-        return _completed(_said("user", row["question"]), _said("assistant", row["answer"]))
-    return _completed(*_align(row["prompt"], row["completion"]))
+    if form in _PAIRS:
+        pair = _split_pair(row)
+        prompt, completion = (pair["prompt"], pair["chosen"]) if pair else ("", "")
+    elif form == "question_answer":
+        prompt, completion = _said("user", row["question"]), _said("assistant", row["answer"])
+    else:
+        prompt, completion = _align(row["prompt"], row["completion"])
+    return {"prompt": prompt, "completion": completion} if _said_something(completion) else None
 
 
 def to_preference(row: Row) -> Row | None:
     """Return {prompt, chosen, rejected}; None if a completion is empty or both are the same."""
-    detect_format(row, purpose="preferences")
-    pair = _split_pair(row)
+    pair = _split_pair(_cleaned(row, detect_format(row, purpose="preferences")))
     if pair is None or pair["chosen"] == pair["rejected"]:
         return None
     return pair if _said_something(pair["chosen"], pair["rejected"]) else None
@@ -112,20 +113,16 @@ def to_preference(row: Row) -> Row | None:
 def to_prompt(row: Row) -> Row | None:
     """Return {prompt}; None if it is empty."""
     form = detect_format(row, purpose="prompts")
+    row = _cleaned(row, form)
     prompt: Dialogue
-    if "chosen" in row:
+    if form in _PAIRS:
         pair = _split_pair(row)
         prompt = pair["prompt"] if pair else ""
-    elif form == "messages":
-        messages = _messages(row["messages"])
-        prompt = messages[: _last_user(messages)]
     elif form == "question_answer":
         prompt = _said("user", row["question"])
-    elif isinstance(row["prompt"], str):
-        prompt = row["prompt"]
     else:
-        messages = _messages(row["prompt"])
-        prompt = messages[: _last_user(messages)]
+        asked = row["messages" if form == "messages" else "prompt"]
+        prompt = asked if isinstance(asked, str) else _asked(_messages(asked))
     return {"prompt": prompt} if _said_something(prompt) else None
 
 
@@ -158,8 +155,7 @@ def prompt_text(row: Row) -> str:
     if "text" in row:
         return cast(str, row["text"])
     if "messages" in row:
-        messages = row["messages"]
-        dialogue: Dialogue = messages[: _last_user(messages)]
+        dialogue: Dialogue = _asked(row["messages"])
     else:
         dialogue = row["prompt"]
     if isinstance(dialogue, str):
@@ -185,7 +181,7 @@ def _split_pair(row: Row) -> Row | None:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("chosen and rejected must both be strings or both be message lists")
-    if row.get("prompt") is not None:
+    if row.get("prompt"):
         prompt, chosen_completion = _align(row["prompt"], chosen)
         _, rejected_completion = _align(row["prompt"], rejected)
         return {"prompt": prompt, "chosen": chosen_completion, "rejected": rejected_completion}
@@ -233,28 +229,35 @@ def _align(prompt: Any, completion: Any) -> tuple[Dialogue, Dialogue]:
     return asked, _until_last_reply(answered[start:])
 
 
-def _completed(prompt: Dialogue, completion: Dialogue) -> Row | None:
-    if not _said_something(completion):
-        return None
-    return {"prompt": prompt, "completion": completion}
-
-
 def _said_something(*dialogues: Dialogue) -> bool:
     return all(last_content(dialogue).strip() for dialogue in dialogues)
 
 
-def _said(role: str, content: str | None) -> list[Message]:
-    return [{"role": role, "content": content or ""}]
+def _said(role: str, content: str) -> list[Message]:
+    return [{"role": role, "content": content}]
+
+
+def _cleaned(row: Row, form: str) -> Row:
+    """Return the columns of the format: nothing for None, numbers as text."""
+    cells = {column: row[column] for column in FORMATS[form]}
+    return {
+        column: "" if cell is None else str(cell) if isinstance(cell, int | float) else cell
+        for column, cell in cells.items()
+    }
 
 
 def _messages(raw: Any) -> list[Message]:
     """Keep role and content only; raise ValueError for anything that is not a message list."""
-    try:
-        return [{"role": m["role"], "content": m["content"] or ""} for m in raw]
-    except (TypeError, KeyError):
+    if not isinstance(raw, list) or not all(
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content") or "", str)
+        for message in raw
+    ):
         raise ValueError(
-            f'expected a list of {{"role", "content"}} messages, got {str(raw)[:80]!r}'
-        ) from None
+            'expected a list of messages {"role": ..., "content": text}, got ' + repr(raw)[:120]
+        )
+    return [{"role": m["role"], "content": m.get("content") or ""} for m in raw]
 
 
 def _until_last_reply(messages: list[Message]) -> list[Message]:
@@ -267,6 +270,7 @@ def _until_last_reply(messages: list[Message]) -> list[Message]:
     return messages[:end]
 
 
-def _last_user(messages: list[Message]) -> int:
-    """Return the length of the dialogue up to and with its last user turn."""
-    return max((i + 1 for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+def _asked(messages: list[Message]) -> list[Message]:
+    """Return the dialogue up to and with its last user turn."""
+    end = max((i + 1 for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+    return messages[:end]

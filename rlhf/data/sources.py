@@ -20,7 +20,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 
 from rlhf.data import synthetic
 from rlhf.data.formats import (
@@ -33,13 +33,14 @@ from rlhf.data.formats import (
     to_preference,
     to_prompt,
 )
+from rlhf.data.names import first_line, looks_local, missing_path
 from rlhf.data.split import Split, check_split, is_heldout
 
 logger = logging.getLogger(__name__)
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_ROWS: Mapping[Split, int] = {"train": 6000, "test": 500}  # unless max_rows says otherwise
-HELDOUT_SPLITS = ("test", "validation", "valid", "eval", "dev")
+_HELDOUT_SPLITS = ("test", "validation", "valid", "eval", "dev")
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 _GENERATORS: Mapping[Purpose, Callable[..., list[Row]]] = {
@@ -60,6 +61,7 @@ def load_rows(
     purpose: Purpose,
     split: Split = "train",
     subset: str | None = None,
+    splits: Mapping[Split, str] | None = None,
     columns: Mapping[str, str] | None = None,
     heldout_fraction: float = 0.05,
     max_rows: int | None = None,
@@ -74,6 +76,7 @@ def load_rows(
         split: "train" or "test". A source with a test or validation split of its own keeps it;
             else `heldout_fraction` of the prompts, chosen by a hash of their text, is "test".
         subset: configuration of a hub dataset, such as "main".
+        splits: the source's names for the two, {"train": "train_prefs", "test": "test_prefs"}.
         columns: canonical name -> the dataset's name for it, {"prompt": "instruction"}.
         heldout_fraction: used only where the source has no held-out split.
         max_rows: at most so many rows; for "synthetic", how many to generate.
@@ -85,16 +88,16 @@ def load_rows(
     check_split(split)
     if purpose not in _CONVERTERS:
         raise ValueError(f"unknown purpose {purpose!r}: choose one of {', '.join(_CONVERTERS)}")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     if name == SYNTHETIC:
         n = SYNTHETIC_ROWS[split] if max_rows is None else max_rows
         return Dataset.from_list(_GENERATORS[purpose](n, split, seed=seed))
-    splits = _open(name, subset)
-    own_heldout = next((s for s in HELDOUT_SPLITS if s in splits), None)
-    train = next((s for s in splits if s not in HELDOUT_SPLITS), own_heldout)
-    wanted = own_heldout if split == "test" and own_heldout else splits and train
-    rows = _canonical(_rename(splits[str(wanted)], columns or {}, name), purpose, name)
-    if own_heldout is None or own_heldout == train:
-        rows = _side(rows, split, heldout_fraction, name)
+    sides = _sides(_open(name, subset), splits or {}, name)
+    rows = _rename(sides.get(split, sides["train"]), columns or {}, name)
+    rows = _canonical(rows, purpose, name)
+    if "test" not in sides:
+        rows = _hold_out(rows, split, heldout_fraction, name)
     return rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
 
 
@@ -106,42 +109,54 @@ def _open(name: str, subset: str | None) -> DatasetDict:
             raise ValueError(
                 f"cannot read {name!r}: known file types are {', '.join(_READERS)}, or a folder"
             )
-        return _load(name, _READERS[path.suffix], data_files={"train": str(path)})
+        if not path.stat().st_size:
+            raise ValueError(f"{name!r} has no rows: the file is empty")
+        return _load(name, "this file", _READERS[path.suffix], data_files={"train": str(path)})
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return _as_splits(load_from_disk(str(path)))
-        return _load(name, str(path))
-    if name.startswith((".", "/", "~")) or path.suffix in _READERS or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"no such file or folder: {name!r} (looked at {path.absolute()}). Give a .json, .jsonl,"
-            ' .parquet or .arrow file, a folder, a hub name such as "openai/gsm8k", or "synthetic"'
+        return _load(name, "the data files of this folder", str(path))
+    if looks_local(name, suffixes=tuple(_READERS)):
+        raise missing_path(
+            name,
+            "Give a .json, .jsonl, .parquet or .arrow file, a folder, a hub name such as"
+            ' "openai/gsm8k", or "synthetic"',
         )
-    return _load(name, name, subset)
+    return _load(name, "the Hugging Face hub and its local cache", name, subset)
 
 
-def _load(name: str, *args: Any, **options: Any) -> DatasetDict:
+def _load(name: str, tried: str, *args: Any, **options: Any) -> DatasetDict:
     """Call datasets.load_dataset and turn its failures into one clear error."""
     try:
         return _as_splits(load_dataset(*args, **options))
-    except DatasetNotFoundError as error:
-        local = Path(args[0]).is_dir()
+    except (DatasetsError, OSError, ValueError) as error:
+        cause = first_line(error.__cause__ or error)
+        advice = (
+            "There is no local file or folder of this name: check the name and the network"
+            if "hub" in tried
+            else "Is it empty, or not in the format that its name says?"
+        )
+        raise ValueError(f"cannot load {name!r}; tried {tried}: {cause}. {advice}") from error
+
+
+def _sides(found: DatasetDict, splits: Mapping[Split, str], name: str) -> dict[str, Dataset]:
+    """Find out which of the source's splits is "train" and which, if any, is "test"."""
+    missing = sorted(set(splits.values()) - set(found))
+    if missing:
         raise ValueError(
-            f"no data files in the folder {name!r}"
-            if local
-            else f"no dataset {name!r}: there is no local file or folder of this name, and the"
-            f" Hugging Face hub was tried: {_first_line(error)}. Check the name, or log in for a"
-            " private dataset"
-        ) from error
-    except DatasetGenerationError as error:
+            f"{name!r} has no split {', '.join(missing)}; it has {', '.join(sorted(found))}"
+        )
+    test = splits.get("test") or next((s for s in _HELDOUT_SPLITS if s in found), None)
+    others = [s for s in found if s not in _HELDOUT_SPLITS] or list(found)
+    train = splits.get("train") or ("train" if "train" in found else others[0])
+    if len(others) > 1 and train != "train" and "train" not in splits:
         raise ValueError(
-            f"cannot read {name!r}: {_first_line(error.__cause__ or error)}. Is it empty or not in"
-            " the format that its name says?"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot load {name!r}; tried the Hugging Face hub and its local cache:"
-            f" {_first_line(error)}. Check the network or give a local file"
-        ) from error
+            f"{name!r} has the splits {', '.join(sorted(found))}: say which to take with"
+            ' splits={"train": ..., "test": ...}'
+        )
+    if test is None or test == train:
+        return {"train": found[train]}
+    return {"train": found[train], "test": found[test]}
 
 
 def _as_splits(
@@ -213,7 +228,7 @@ def _canonical(rows: Dataset, purpose: Purpose, name: str) -> Dataset:
     return result
 
 
-def _side(rows: Dataset, split: Split, fraction: float, name: str) -> Dataset:
+def _hold_out(rows: Dataset, split: Split, fraction: float, name: str) -> Dataset:
     """Keep the rows whose prompt the hash puts on the wanted side."""
     if not 0.0 < fraction < 1.0:
         raise ValueError(f"heldout_fraction must be between 0 and 1, got {fraction}")
@@ -228,7 +243,3 @@ def _side(rows: Dataset, split: Split, fraction: float, name: str) -> Dataset:
             f" out {fraction:.0%}; raise heldout_fraction or give a dataset with a test split"
         )
     return rows.select(kept)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,8 @@ from typing import cast
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf.data.names import first_line, looks_local, missing_path
+
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 ROLES = ("system", "user", "assistant")
 
@@ -97,15 +99,21 @@ def train_tokenizer(
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a local folder or the hub and prepare it (see `prepare_tokenizer`).
 
-    Raises ValueError that says what was tried if there is none.
+    Raises FileNotFoundError for a path that is not there, and ValueError where there is no
+    tokenizer.
     """
+    hint = "Give a folder written by save_pretrained, or a hub name"
+    path = Path(name).expanduser()
+    if not path.is_dir() and looks_local(str(name)):
+        raise missing_path(str(name), hint)
     try:
-        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(str(name)))
+        source = str(path if path.is_dir() else name)
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source))
     except (OSError, ValueError) as error:
-        where = "the folder" if Path(name).is_dir() else "a local folder and the Hugging Face hub"
+        tried = "this folder" if path.is_dir() else "the Hugging Face hub and its local cache"
         raise ValueError(
-            f"no tokenizer {str(name)!r} (tried {where}): {_first_line(error)}. Give a folder"
-            " written by save_pretrained, or a hub name that this machine can reach or has cached"
+            f"no tokenizer {str(name)!r}; tried {tried}: {first_line(error)}. {hint} that this"
+            " machine can reach or has cached"
         ) from error
     prepare_tokenizer(tokenizer)
     return tokenizer
@@ -139,7 +147,3 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
             tokenizer.pad_token = token
             return 0
     return int(tokenizer.add_special_tokens({"pad_token": PAD}))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
