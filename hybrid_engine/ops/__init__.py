@@ -6,8 +6,9 @@ from hybrid_engine.ops.attention import decode_attention, prefill_attention
 from hybrid_engine.ops.logprob import linear_logprob
 from hybrid_engine.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from hybrid_engine.ops.registry import OPS
-from hybrid_engine.ops.rope import rope_and_store_kv
+from hybrid_engine.ops.rope import rope, rope_and_store_kv
 from hybrid_engine.ops.sampling import sample
+from hybrid_engine.ops.swiglu import swiglu
 
 NATIVE = native.load()
 
@@ -24,7 +25,9 @@ __all__ = [
     "prefill_attention",
     "relu",
     "rms_norm",
+    "rope",
     "rope_and_store_kv",
     "sample",
     "silu_and_mul",
+    "swiglu",
 ]

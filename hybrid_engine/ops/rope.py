@@ -1,13 +1,16 @@
-"""From the packed QKV projection to rotated queries and a filled KV cache, in one pass."""
+"""Rotary embedding: fused into the way from the QKV projection to the KV cache, and by itself with
+a gradient, for training."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybrid_engine.ops import check
 from hybrid_engine.ops.norm import rms_norm
-from hybrid_engine.ops.registry import define_op
+from hybrid_engine.ops.registry import NAMESPACE, define_op
 
 
 def _fake(
@@ -94,3 +97,54 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     turned = (first * cos - second * sin, second * cos + first * sin)
     head = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
     return torch.cat((head, rest), -1)
+
+
+def _fake_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+@define_op(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved=False) -> (Tensor, Tensor)",
+    fake=_fake_rope,
+)
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys rotated by their position, for training: gradients to both.
+
+    Args:
+        q: (B, H, T, D), fp32, bf16 or fp16, of any strides; k: (B, K, T, D), the dtype of q.
+        cos, sin: (B or 1, T, R/2), R <= D, of any floating dtype, with whatever scaling the model
+            has: the first half of what Hugging Face models pass. Taken as constants.
+        interleaved: rotate the pairs (2i, 2i + 1) (GPT-J) and not (i, i + R/2) (NeoX, Llama).
+
+    Returns (q, k) rotated, laid out in memory as they came. Arithmetic in fp32, rounded once.
+    Source: arXiv 2104.09864, eq. 34.
+    """
+    batch, _, tokens, head_dim = q.shape
+    check.shape("k", k, (batch, -1, tokens, head_dim))
+    check.shape("cos", cos, (cos.shape[0], tokens, -1))
+    check.shape("sin", sin, cos.shape)
+    if cos.shape[0] not in (1, batch) or 2 * cos.shape[2] > head_dim:
+        expected = f"[1 or {batch}, {tokens}, at most {head_dim // 2}]"
+        raise ValueError(f"cos: expected {expected}, got {list(cos.shape)}")
+    wide_cos, wide_sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)  # (B or 1, 1, T, R/2)
+    turned = (_rotate(x.float(), wide_cos, wide_sin, interleaved) for x in (q, k))
+    q_out, k_out = (torch.empty_like(x).copy_(y) for x, y in zip((q, k), turned, strict=True))
+    return q_out, k_out
+
+
+def _save_rope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, ctx.interleaved = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward_rope(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    """The transpose of a rotation by an angle is the rotation by its negative."""
+    cos, sin = ctx.saved_tensors
+    return *rope(grad_q, grad_k, cos, -sin, ctx.interleaved), None, None, None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::rope", _backward_rope, setup_context=_save_rope)
