@@ -11,7 +11,12 @@
 them, `batching` tensors. `synthetic` is an instruction set whose answers have a checkable quality.
 """
 
-from rlhf.data.batching import LengthGroupedBatches, collate_right, length_mask
+from rlhf.data.batching import (
+    LengthGroupedBatches,
+    collate_right,
+    length_mask,
+    shuffled_batches,
+)
 from rlhf.data.encoding import (
     Demonstration,
     Preference,
@@ -72,6 +77,7 @@ __all__ = [
     "parse_dialogue",
     "prepare_tokenizer",
     "quality",
+    "shuffled_batches",
     "texts_of",
     "to_completion",
     "to_demonstration",

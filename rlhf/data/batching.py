@@ -7,7 +7,7 @@ from random import Random
 
 import torch
 
-_BATCHES_SORTED_TOGETHER = 32
+_MOST_BATCHES_SORTED_TOGETHER = 32
 
 
 def collate_right(
@@ -55,7 +55,8 @@ class LengthGroupedBatches:
         rng = Random(f"{self._seed}-{epoch}")
         order = list(range(len(self._lengths)))
         rng.shuffle(order)
-        stretch = self._batch_size * _BATCHES_SORTED_TOGETHER
+        together = min(_MOST_BATCHES_SORTED_TOGETHER, max(1, len(self) // 4))
+        stretch = self._batch_size * together  # of few rows a part: batches must mix anew
         for start in range(0, len(order), stretch):
             order[start : start + stretch] = sorted(
                 order[start : start + stretch], key=lambda i: self._lengths[i]
@@ -66,3 +67,20 @@ class LengthGroupedBatches:
         ]
         rng.shuffle(batches)
         yield from batches
+
+
+def shuffled_batches(count: int, batch_size: int, *, seed: int = 0) -> Iterator[list[int]]:
+    """Yield whole batches of row indices without end, each pass over the rows in a new order.
+
+    What is left of a pass when no whole batch fits is left out of it; fewer rows than a batch
+    make one batch of all of them.
+    """
+    size = min(batch_size, count)
+    if size < 1:
+        raise ValueError("no rows to make batches of")
+    rng = Random(seed)
+    while True:
+        order = list(range(count))
+        rng.shuffle(order)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]

@@ -91,7 +91,7 @@ def to_demonstration(row: Row) -> Row | None:
         return {"text": row["text"]} if _said_something(row["text"]) else None
     if form == "messages":
         messages = _until_last_reply(_messages(row["messages"]))
-        return {"messages": messages} if messages else None
+        return {"messages": messages} if _said_something(messages) else None
     if form in _PAIRS:
         pair = _split_pair(row)
         prompt, completion = (pair["prompt"], pair["chosen"]) if pair else ("", "")
@@ -261,12 +261,8 @@ def _messages(raw: Any) -> list[Message]:
 
 
 def _until_last_reply(messages: list[Message]) -> list[Message]:
-    """Drop what follows the last assistant turn that says something, and empty ones at the end."""
-    end = len(messages)
-    while end and not (
-        messages[end - 1]["role"] == "assistant" and messages[end - 1]["content"].strip()
-    ):
-        end -= 1
+    """Drop the turns after the last assistant turn."""
+    end = max((i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
     return messages[:end]
 
 

@@ -15,8 +15,11 @@ from typing import Any
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     IterableDataset,
     IterableDatasetDict,
+    List,
+    Value,
     load_dataset,
     load_from_disk,
 )
@@ -42,6 +45,8 @@ SYNTHETIC = "synthetic"
 SYNTHETIC_ROWS: Mapping[Split, int] = {"train": 6000, "test": 500}  # unless max_rows says otherwise
 _HELDOUT_SPLITS = ("test", "validation", "valid", "eval", "dev")
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+
+_DIALOGUE = List({"role": Value("string"), "content": Value("string")})
 
 _GENERATORS: Mapping[Purpose, Callable[..., list[Row]]] = {
     "demonstrations": synthetic.demonstrations,
@@ -192,32 +197,36 @@ def _canonical(rows: Dataset, purpose: Purpose, name: str) -> Dataset:
     consumed = {*FORMATS[form], "chosen", "rejected", "messages"} - {"answer", "completion"}
     extra = [c for c in rows.column_names if c not in consumed] if purpose == "prompts" else []
     convert = _CONVERTERS[purpose]
+    first = next((row for row in map(convert, rows) if row is not None), None)
+    if first is None:
+        raise ValueError(
+            f"{name!r} has nothing to learn from: in all its {len(rows)} rows the prompt or the"
+            " completion is empty, or the two completions are the same"
+        )
+    features = Features({column: rows.features[column] for column in extra})
+    for column, cell in first.items():
+        features[column] = Value("string") if isinstance(cell, str) else _DIALOGUE
     dropped: Counter[str] = Counter()
 
     def convert_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        converted: dict[str, list[Any]] = {}
+        converted: list[Row] = []
         for cells in zip(*batch.values(), strict=True):
             row = dict(zip(batch, cells, strict=True))
             canonical = convert(row)
             if canonical is None:
                 dropped["rows"] += 1
-                continue
-            for column, cell in {**{c: row[c] for c in extra}, **canonical}.items():
-                converted.setdefault(column, []).append(cell)
-        return converted
+            else:
+                converted.append({**row, **canonical})
+        return {column: [row[column] for row in converted] for column in features}
 
     result = rows.map(
         convert_batch,
         batched=True,
         remove_columns=rows.column_names,
+        features=features,
         load_from_cache_file=False,
         desc=f"read {purpose}",
     )
-    if len(result) == 0:
-        raise ValueError(
-            f"{name!r} has nothing to learn from: in all its {len(rows)} rows the prompt or the"
-            " completion is empty, or the two completions are the same"
-        )
     if dropped["rows"]:
         logger.warning(
             "%s: dropped %d of %d rows with an empty prompt or completion, or two equal ones",

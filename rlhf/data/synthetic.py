@@ -95,6 +95,8 @@ def preferences(
     """
     if not 0.0 < margin <= MAX_MARGIN:
         raise ValueError(f"margin must be in (0, {MAX_MARGIN}], got {margin}")
+    if not 0.0 <= label_noise <= 1.0:
+        raise ValueError(f"label_noise must be in [0, 1], got {label_noise}")
 
     def row(rng: Random) -> Row:
         instruction = _draw(rng, split)

@@ -36,10 +36,10 @@ class Solution:
         both divide by the longer of what was asked for and what was given.
         """
         if self.members:
-            right = len(set(body) & set(self.members))
+            right = min(len(set(body) & set(self.members)), len(self.words))
         else:
             right = sum(given == wanted for given, wanted in zip(body, self.words, strict=False))
-        return min(1.0, right / max(len(body), len(self.words)))
+        return right / max(len(body), len(self.words))
 
 
 @dataclass(frozen=True)
