@@ -54,10 +54,14 @@ COMPLETION = [{"role": "assistant", "content": "sat on the log, too"}]
 OTHER = [{"role": "assistant", "content": "no"}]
 
 
+def tokenizer_with(template) -> PreTrainedTokenizerFast:
+    texts = ["the cat and the dog sat on the mat", "### assistant: two\n\n### user: two"]
+    return train_tokenizer(texts, vocab_size=330, chat_template=TEMPLATES[template])
+
+
 @pytest.fixture(params=TEMPLATES)
 def any_tokenizer(request) -> PreTrainedTokenizerFast:
-    texts = ["the cat and the dog sat on the mat", "### assistant: two\n\n### user: two"]
-    return train_tokenizer(texts, vocab_size=330, chat_template=TEMPLATES[request.param])
+    return tokenizer_with(request.param)
 
 
 def trained_runs(encoded):
@@ -98,13 +102,13 @@ def test_prompt_is_a_true_prefix_and_the_rest_is_trained(any_tokenizer):
     assert prompt_ids[0] == any_tokenizer.bos_token_id
 
 
-def test_text_is_that_of_the_template(any_tokenizer):
+@pytest.mark.parametrize("template", ["roles", "hh", "chatml", "forgets-reasoning"])
+def test_text_is_that_of_the_template(template):
     """Where a template ends each reply with EOS and keeps what was said, the text is its own."""
-    if any_tokenizer.chat_template in (WITHOUT_EOS, OPENS_THINKING):
-        pytest.skip("this template leaves EOS or the opening of a reply to the trainer")
-    expected = any_tokenizer.apply_chat_template(PROMPT, tokenize=False, add_generation_prompt=True)
-    ids = encode_prompt({"prompt": PROMPT}, any_tokenizer, max_length=500)
-    assert any_tokenizer.decode(ids).removeprefix("<bos>") == expected.removeprefix("<bos>")
+    tokenizer = tokenizer_with(template)
+    expected = tokenizer.apply_chat_template(PROMPT, tokenize=False, add_generation_prompt=True)
+    ids = encode_prompt({"prompt": PROMPT}, tokenizer, max_length=500)
+    assert tokenizer.decode(ids).removeprefix("<bos>") == expected.removeprefix("<bos>")
 
 
 def test_messages_train_every_assistant_turn(any_tokenizer):
