@@ -1,1 +1,18 @@
 """RLHF for Hugging Face models: SFT, reward model and PPO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TRAINERS = ("PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer")
+
+__all__ = ["PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainers bring torch and transformers with them, which `rlhf --help` need not wait for."""
+    if name in _TRAINERS:
+        from rlhf import trainers
+
+        return getattr(trainers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -178,8 +178,6 @@ class PPOConfig:
     """First iterations in which only the critic learns."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
     """Old log-probs: as sampled, or from one more training forward."""
-    reward_function: str | None = None
-    """Instead of the reward model: module:function, f(prompts, completions, **columns)."""
 
     def __post_init__(self) -> None:
         _positive(

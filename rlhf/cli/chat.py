@@ -1,0 +1,62 @@
+"""A conversation with a model in the terminal, token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hybrid_engine import HybridEngine, SamplingParams
+from rlhf.data import encode_prompt, load_tokenizer
+from rlhf.models import load_causal_lm
+
+REPLACEMENT = "\ufffd"  # what half of a multi-byte character decodes to
+
+
+class Conversation:
+    """A model with the messages so far."""
+
+    def __init__(self, folder: str) -> None:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"no such folder: {folder}. Give one that `rlhf` has written")
+        self._tokenizer = load_tokenizer(folder)
+        model = load_causal_lm(folder, self._tokenizer, dtype=torch.float32).eval()
+        self._engine = HybridEngine(model)
+        self._positions: int = model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
+        self._messages: list[dict[str, str]] = []
+
+    def say(self, text: str, params: SamplingParams) -> None:
+        """Send a message and print the answer as it is sampled."""
+        self._messages.append({"role": "user", "content": text})
+        room = self._positions - params.max_new_tokens
+        prompt = encode_prompt({"prompt": self._messages}, self._tokenizer, max(1, room))
+        tokens: list[int] = []
+        printed = ""
+        for token in self._engine.stream(prompt, params):
+            tokens.append(token)
+            answer = self._tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+            if not answer.endswith(REPLACEMENT):
+                print(answer[len(printed) :], end="", flush=True)
+                printed = answer
+        print()
+        self._messages.append({"role": "assistant", "content": printed})
+
+
+def chat(
+    folder: str, *, prompt: str | None, max_new_tokens: int, temperature: float, seed: int
+) -> None:
+    """Answer one prompt, or converse until end of input."""
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    conversation = Conversation(folder)
+    if prompt is not None:
+        conversation.say(prompt, params)
+        return
+    print("Ctrl-D ends the conversation.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if text:
+            conversation.say(text, params)

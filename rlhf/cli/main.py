@@ -1,0 +1,111 @@
+"""`rlhf run|sft|reward|ppo|chat`: parse, run, and turn user errors into one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from rlhf.config import RunConfig
+
+STEPS = {
+    "run": "all three steps: SFT, reward model, PPO, and the report",
+    "sft": "step 1, supervised fine-tuning",
+    "reward": "step 2, the reward model",
+    "ppo": "step 3, PPO, on the models in output_dir or the given ones",
+}
+
+
+def build_parser() -> ArgumentParser:
+    """The command line; every field of RunConfig is an option of every step."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="rlhf", description="RLHF from one command.")
+    commands = parser.add_subcommands(dest="command", metavar="COMMAND")
+    for name, description in STEPS.items():
+        step = ArgumentParser(description=description)
+        step.add_argument("--config", action=ActionConfigFile, help="YAML file with these options")
+        step.add_argument("--debug", action="store_true", help="Show a traceback on errors.")
+        step.add_class_arguments(RunConfig)
+        commands.add_subcommand(name, step, help=description)
+    commands.add_subcommand("chat", _chat_parser(), help="talk to a model")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    _quieten_libraries()
+    parser = build_parser()
+    arguments = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
+    command = arguments.command
+    options = arguments[command]
+    try:
+        _dispatch(command, parser, arguments)
+    except KeyboardInterrupt:
+        print("rlhf: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug or not _is_user_error(error):
+            raise
+        print(f"rlhf {command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _dispatch(command: str, parser: ArgumentParser, arguments: Namespace) -> None:
+    if command == "chat":
+        from rlhf.cli.chat import chat
+
+        options = arguments.chat
+        chat(
+            options.folder,
+            prompt=options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+        return
+    config = _run_config(parser.instantiate_classes(arguments)[command])
+    from rlhf.pipeline import Pipeline
+
+    pipeline = Pipeline(config)
+    steps = {"run": pipeline.run, "sft": pipeline.sft, "reward": pipeline.reward}
+    steps.get(command, pipeline.ppo)()
+    if command != "run":
+        pipeline.finish()
+
+
+def _run_config(options: Namespace) -> RunConfig:
+    names = RunConfig.__dataclass_fields__
+    return RunConfig(**{name: options[name] for name in names})
+
+
+def _chat_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Talk to a model, streaming.")
+    parser.add_argument("folder", type=str, help="Folder of the model, such as OUTPUT_DIR/actor.")
+    parser.add_argument("--prompt", type=str | None, help="Answer this and exit.")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="Longest answer.")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest.")
+    parser.add_argument("--seed", type=int, default=0, help="Of sampling.")
+    parser.add_argument("--debug", action="store_true", help="Show a traceback on errors.")
+    return parser
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Bad input, a missing file, a full disk, no compiler: what a message can mend."""
+    if isinstance(error, ValueError | OSError):
+        return True
+    return type(error).__name__ == "BuildError"
+
+
+def _quieten_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The report at the end of a run: Markdown, JSON, curves, and the table on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rlhf.evaluation.policy import PolicyEvaluation
+from rlhf.evaluation.throughput import Throughput
+
+History = Sequence[dict[str, float]]
+
+
+@dataclass
+class RunReport:
+    """What the steps hand over; steps that were not run are None."""
+
+    parameters: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time of each step
+    sft: dict[str, float] | None = None
+    reward: dict[str, float] | None = None
+    before: PolicyEvaluation | None = None
+    after: PolicyEvaluation | None = None
+    throughput: Throughput | None = None
+    samples: list[tuple[str, str, str]] = field(default_factory=list)  # prompt, before, after
+    histories: dict[str, History] = field(default_factory=dict)  # step -> metrics
+
+
+def write_report(report: RunReport, folder: Path, console: Console) -> None:
+    """Write report.md, report.json and curves.png, and print the summary."""
+    rows = summary_rows(report)
+    (folder / "report.md").write_text(_markdown(report, rows))
+    (folder / "report.json").write_text(json.dumps(_record(report), indent=2) + "\n")
+    plot_curves(report.histories, folder / "curves.png")
+    table = Table(title="summary")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"report: {folder / 'report.md'}", soft_wrap=True)
+
+
+def summary_rows(report: RunReport) -> list[tuple[str, str]]:
+    """(name, value) in the order of the pipeline."""
+    rows = [("parameters", f"{report.parameters / 1e6:.2f} M")]
+    if report.sft:
+        rows.append(("SFT loss, held out", f"{report.sft['eval/loss']:.3f}"))
+    if report.reward:
+        rows.append(("reward accuracy, held out", f"{report.reward['eval/accuracy']:.3f}"))
+    if report.before and report.after:
+        before, after = report.before, report.after
+        rows.append(("reward score, SFT -> PPO", f"{before.score:.2f} -> {after.score:.2f}"))
+        if before.quality is not None and after.quality is not None:
+            gain = after.quality - before.quality
+            rows.append(
+                (
+                    "true quality, SFT -> PPO",
+                    f"{before.quality:.3f} -> {after.quality:.3f} ({gain:+.3f})",
+                )
+            )
+        rows.append(("KL from SFT, nats per response", f"{after.kl:.2f}"))
+        rows.append(("response length, SFT -> PPO", f"{before.length:.1f} -> {after.length:.1f}"))
+    if report.throughput:
+        speed = report.throughput
+        rows.append(("rollout tokens/s", f"{speed.engine:,.0f}"))
+        rows.append(("HF generate tokens/s", f"{speed.hf_generate:,.0f}"))
+        rows.append(("rollout over HF generate", f"{speed.ratio:.1f}x"))
+    rows += [(f"{name}, seconds", f"{value:.1f}") for name, value in report.seconds.items()]
+    rows.append(("total, seconds", f"{sum(report.seconds.values()):.1f}"))
+    return rows
+
+
+def plot_curves(histories: dict[str, History], path: Path) -> None:
+    """One panel for each curve worth seeing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = [
+        ("sft", "loss", "SFT: loss"),
+        ("reward", "accuracy", "reward model: batch accuracy"),
+        ("ppo", "objective/scores", "PPO: reward score"),
+        ("ppo", "objective/kl", "PPO: KL from SFT, nats per response"),
+        ("ppo", "policy/entropy_avg", "PPO: entropy, nats per token"),
+        ("ppo", "loss/value_avg", "PPO: value loss"),
+    ]
+    shown = [curve for curve in curves if histories.get(curve[0])]
+    columns = min(3, max(1, len(shown)))
+    lines = max(1, math.ceil(len(shown) / columns))
+    figure, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 3.2 * lines), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
+    for axis, (step, metric, title) in zip(axes.flat, shown, strict=False):
+        points = [(record["step"], record[metric]) for record in histories[step]]
+        axis.plot(*zip(*points, strict=True), linewidth=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("PPO iteration" if step == "ppo" else "optimizer step", fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _markdown(report: RunReport, rows: list[tuple[str, str]]) -> str:
+    lines = ["# Report", "", "| figure | value |", "|---|---:|"]
+    lines += [f"| {name} | {value} |" for name, value in rows]
+    lines += ["", f"Machine: {_machine()}.", "", "![curves](curves.png)"]
+    if report.samples:
+        lines += ["", "## Held-out prompts, answered before and after PPO"]
+    for prompt, before, after in report.samples:
+        lines += ["", "```", prompt, f"  SFT: {before}", f"  PPO: {after}", "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _record(report: RunReport) -> dict[str, object]:
+    record = dataclasses.asdict(report)
+    record.pop("histories")
+    for name in ("before", "after"):
+        if record[name]:
+            record[name].pop("completions")
+    if report.throughput:
+        record["throughput"]["ratio"] = report.throughput.ratio
+    return {**record, "machine": _machine()}
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text().splitlines() if info.exists() else [])
+        if line.startswith("model name")
+    ]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,230 @@
+"""The steps as they run from the command line: folders in, folders and a report out."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import DataConfig, RunConfig
+from rlhf.data import (
+    Purpose,
+    Split,
+    encode_demonstrations,
+    encode_preferences,
+    encode_prompts,
+    load_rows,
+    load_tokenizer,
+    shuffled_batches,
+    texts_of,
+    train_tokenizer,
+)
+from rlhf.data.formats import last_content
+from rlhf.evaluation import (
+    RunReport,
+    compare_with_hf_generate,
+    evaluate_policy,
+    load_metric,
+    write_report,
+)
+from rlhf.models import (
+    build_causal_lm,
+    load_causal_lm,
+    load_scorer,
+    parameter_count,
+    save_model,
+)
+from rlhf.tracking import ProgressBar, Stopwatch, Tracker
+from rlhf.trainers import PPOTrainer, RewardTrainer, RLHFEngine, SFTTrainer
+
+NORMALISATION_ROWS = 512  # demonstrations on which the reward model is set to mean 0, std 1
+
+
+class Pipeline:
+    """One run: each step reads what it needs from disk and leaves its model in `output_dir`."""
+
+    def __init__(self, config: RunConfig, console: Console | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.report = RunReport()
+        self._console = console or Console()
+        self._watch = Stopwatch()
+        self._metric = load_metric(config.evaluation.metric) if config.evaluation.metric else None
+        self._dtype = getattr(torch, config.model.dtype)
+
+    def run(self) -> RunReport:
+        """All three steps, then the report."""
+        self.sft()
+        self.reward()
+        self.ppo()
+        return self.finish()
+
+    def finish(self) -> RunReport:
+        self.report.seconds = self._watch.seconds
+        write_report(self.report, self.folder, self._console)
+        return self.report
+
+    def sft(self) -> None:
+        config = self.config.sft
+        with self._watch("SFT"):
+            self._seed()
+            rows = self._rows(config.data, "demonstrations", "train")
+            heldout = self._rows(config.data, "demonstrations", "test")
+            model, tokenizer = self._first_model(rows)
+            self.report.parameters = parameter_count(model)
+            limit = config.data.max_length
+            trainer = SFTTrainer(model, tokenizer, config, seed=self.config.seed)
+            with Tracker(self.folder, "sft") as tracker:
+                encoded = encode_demonstrations(rows, tokenizer, max_length=limit)
+                trainer.train(encoded, tracker=tracker, console=self._console)
+                encoded = encode_demonstrations(heldout, tokenizer, max_length=limit)
+                self.report.sft = trainer.evaluate(encoded)
+                self.report.histories["sft"] = tracker.history
+            save_model(model, tokenizer, self.folder / "sft")
+
+    def reward(self) -> None:
+        config = self.config.reward
+        with self._watch("reward model"):
+            self._seed()
+            path = config.model_path or self._from_step("sft", "reward.model_path")
+            tokenizer = load_tokenizer(path)
+            model = load_scorer(path, tokenizer, dtype=self._dtype)
+            limit = config.data.max_length
+            trainer = RewardTrainer(model, tokenizer, config, seed=self.config.seed)
+            with Tracker(self.folder, "reward") as tracker:
+                rows = self._rows(config.data, "preferences", "train")
+                encoded = encode_preferences(rows, tokenizer, max_length=limit)
+                trainer.train(encoded, tracker=tracker, console=self._console)
+                heldout = self._rows(config.data, "preferences", "test")
+                encoded = encode_preferences(heldout, tokenizer, max_length=limit)
+                self.report.reward = trainer.evaluate(encoded)
+                self.report.histories["reward"] = tracker.history
+            demonstrations = self._rows(self.config.sft.data, "demonstrations", "train")
+            sample = demonstrations.select(range(min(NORMALISATION_ROWS, len(demonstrations))))
+            sample = encode_demonstrations(sample, tokenizer, max_length=limit)
+            self.report.reward |= trainer.normalise(list(sample["input_ids"]))
+            save_model(model, tokenizer, self.folder / "reward")
+
+    def ppo(self) -> None:
+        config = self.config.ppo
+        actor_path = config.actor_path or self._from_step("sft", "ppo.actor_path")
+        reward_path = config.reward_path or self._from_step("reward", "ppo.reward_path")
+        with self._watch("PPO"):
+            self._seed()
+            tokenizer = load_tokenizer(actor_path)
+            if load_tokenizer(reward_path).get_vocab() != tokenizer.get_vocab():
+                raise ValueError(
+                    f"the reward model {reward_path} and the actor {actor_path} have different "
+                    "tokenizers; train the reward model from the same base model"
+                )
+            actor = load_causal_lm(actor_path, tokenizer, dtype=self._dtype)
+            critic = load_scorer(reward_path, tokenizer, dtype=self._dtype)
+            reward = load_scorer(reward_path, tokenizer, dtype=self._dtype)
+            engine = RLHFEngine(actor, critic, reward, tokenizer)
+            trainer = PPOTrainer(engine, config, seed=self.config.seed)
+            rows = self._rows(config.data, "prompts", "train")
+            rows = encode_prompts(rows, tokenizer, max_length=config.data.max_length)
+            self._train_ppo(trainer, list(rows["input_ids"]))
+            engine.rollout_engine.release()
+            save_model(actor, tokenizer, self.folder / "actor")
+            save_model(critic, tokenizer, self.folder / "critic")
+        with self._watch("evaluation"):
+            self._evaluate(actor, engine.reference, reward, tokenizer)
+
+    def _train_ppo(self, trainer: PPOTrainer, prompts: list[list[int]]) -> None:
+        config = self.config.ppo
+        batches = shuffled_batches(len(prompts), config.batch_size, seed=self.config.seed)
+        with (
+            Tracker(self.folder, "ppo") as tracker,
+            ProgressBar("PPO", config.iterations, self._console) as bar,
+        ):
+            for step in range(1, config.iterations + 1):
+                experience = trainer.generate_experience([prompts[i] for i in next(batches)])
+                trainer.train_rlhf(experience)
+                metrics = trainer.metrics
+                tracker.log(step, metrics)
+                bar.advance(
+                    tokens=int(experience.lengths.sum()),
+                    score=metrics["objective/scores"],
+                    kl=metrics["objective/kl"],
+                )
+            self.report.histories["ppo"] = tracker.history
+
+    def _evaluate(
+        self,
+        actor: nn.Module,
+        sft: nn.Module,
+        reward: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        ppo, evaluation = self.config.ppo, self.config.evaluation
+        rows = self._rows(ppo.data, "prompts", "test")
+        rows = rows.select(range(min(evaluation.prompts, len(rows))))
+        rows = encode_prompts(rows, tokenizer, max_length=ppo.data.max_length)
+        options: dict[str, Any] = {"max_new_tokens": ppo.max_new_tokens, "metric": self._metric}
+        self.report.before = evaluate_policy(sft, sft, reward, tokenizer, rows, **options)
+        self.report.after = evaluate_policy(actor, sft, reward, tokenizer, rows, **options)
+        answers = zip(
+            rows["prompt"], self.report.before.completions, self.report.after.completions,
+            strict=True,
+        )  # fmt: skip
+        self.report.samples = [
+            (last_content(prompt).strip(), before.strip(), after.strip())
+            for prompt, before, after in list(answers)[: evaluation.samples]
+        ]
+        if evaluation.compare_hf_generate:
+            prompts = list(rows["input_ids"])[: ppo.batch_size]
+            self.report.throughput = compare_with_hf_generate(
+                actor, tokenizer, prompts, max_new_tokens=ppo.max_new_tokens
+            )
+
+    # ---- what the steps share --------------------------------------------------------------------
+
+    def _first_model(self, rows: Dataset) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        model = self.config.model
+        if model.path is None and model.init is None:
+            raise ValueError(
+                "no model: give model.path, a folder or hub name, or model.init, a config for "
+                "random weights"
+            )
+        tokenizer: PreTrainedTokenizerBase
+        if source := model.tokenizer or model.path:
+            tokenizer = load_tokenizer(source)
+        else:
+            tokenizer = train_tokenizer(texts_of(rows), vocab_size=model.vocab_size)
+        if model.init is not None:
+            return build_causal_lm(model.init, tokenizer, dtype=self._dtype), tokenizer
+        assert model.path is not None
+        return load_causal_lm(model.path, tokenizer, dtype=self._dtype), tokenizer
+
+    def _rows(self, data: DataConfig, purpose: Purpose, split: Split) -> Dataset:
+        return load_rows(
+            data.name,
+            purpose=purpose,
+            split=split,
+            subset=data.subset,
+            columns=data.columns,
+            heldout_fraction=data.heldout_fraction,
+            max_rows=data.rows if split == "train" else data.heldout_rows,
+            seed=self.config.seed,
+        )
+
+    def _from_step(self, step: str, option: str) -> str:
+        folder = self.folder / step
+        if not (folder / "config.json").exists():
+            raise ValueError(
+                f"no {step} model in {folder}: run `rlhf {step}` with this output_dir first, or "
+                f"give --{option}"
+            )
+        return str(folder)
+
+    def _seed(self) -> None:
+        torch.manual_seed(self.config.seed)
+        random.seed(self.config.seed)
+

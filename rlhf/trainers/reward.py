@@ -1,0 +1,120 @@
+"""Step 2, the reward model: which of two answers is better, read at the last real token."""
+
+from __future__ import annotations
+
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import RewardConfig
+from rlhf.data import LengthGroupedBatches, collate_right
+from rlhf.engines import SingleProcessEngine
+from rlhf.losses import preference_loss
+from rlhf.models import sequence_scores
+from rlhf.tracking import ProgressBar, Tracker
+from rlhf.trainers.columns import Columns, micro_batches
+
+
+class RewardTrainer:
+    """Trains a one-label classifier on encoded pairs (chosen_ids, rejected_ids)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RewardConfig,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self._model = model
+        self._pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
+        self._config = config
+        self._seed = seed
+
+    def train(self, rows: Dataset, *, tracker: Tracker, console: Console) -> None:
+        config = self._config
+        chosen, rejected = rows["chosen_ids"], rows["rejected_ids"]
+        lengths = [len(a) + len(b) for a, b in zip(chosen, rejected, strict=True)]
+        batches = LengthGroupedBatches(lengths, config.batch_size, seed=self._seed)
+        steps = len(batches) * config.epochs
+        engine = SingleProcessEngine(self._model, config.optimizer, total_steps=steps)
+        self._model.train()
+        step = 0
+        with ProgressBar("reward", steps, console) as bar:
+            for epoch in range(config.epochs):
+                for indices in batches.epoch(epoch):
+                    loss, accuracy = self._train_batch(engine, rows[indices])
+                    info = engine.step()
+                    step += 1
+                    tracker.log(
+                        step,
+                        {
+                            "loss": loss,
+                            "accuracy": accuracy,
+                            "lr": info.learning_rate,
+                            "grad_norm": info.grad_norm,
+                        },
+                    )
+                    bar.advance(
+                        tokens=sum(lengths[i] for i in indices), loss=loss, accuracy=accuracy
+                    )
+
+    def evaluate(self, rows: Dataset) -> dict[str, float]:
+        """Loss per pair, share of pairs ranked right (ties count half), mean margin."""
+        self._model.eval()
+        margins = []
+        with torch.no_grad():
+            for pairs in micro_batches(rows[:], self._config.micro_batch_size):
+                chosen, rejected = self._pair_scores(pairs)
+                margins.append(chosen - rejected)
+        margin = torch.cat(margins)
+        right = (margin > 0).float() + 0.5 * (margin == 0).float()
+        return {
+            "eval/loss": float(preference_loss(margin, torch.zeros_like(margin))) / len(margin),
+            "eval/accuracy": float(right.mean()),
+            "eval/margin": float(margin.mean()),
+        }
+
+    def normalise(self, sequences: list[list[int]]) -> dict[str, float]:
+        """Shift and scale so that these sequences score mean 0 and standard deviation 1.
+
+        The scale goes into the score head, the mean into the config as `score_mean`.
+        """
+        self._model.eval()
+        scores = []
+        with torch.no_grad():
+            for start in range(0, len(sequences), self._config.micro_batch_size):
+                scores.append(self._scores(sequences[start : start + self._config.micro_batch_size]))
+            found = torch.cat(scores)
+            mean, std = float(found.mean()), max(float(found.std()), 1e-6)
+            self._model.score.weight.div_(std)  # type: ignore[union-attr, operator]
+        config = self._model.config
+        config.score_mean = (mean + getattr(config, "score_mean", 0.0)) / std  # type: ignore[union-attr]
+        return {"score_mean": mean, "score_std": std}
+
+    def _train_batch(
+        self, engine: SingleProcessEngine, batch: Columns
+    ) -> tuple[float, float]:
+        count = len(batch["chosen_ids"])
+        total, right = 0.0, 0.0
+        for pairs in micro_batches(batch, self._config.micro_batch_size):
+            chosen, rejected = self._pair_scores(pairs)
+            loss = preference_loss(chosen, rejected) / count
+            engine.backward(loss)
+            total += float(loss.detach())
+            right += float((chosen > rejected).sum())
+        return total, right / count
+
+    def _pair_scores(self, pairs: Columns) -> tuple[Tensor, Tensor]:
+        """(B,) and (B,), from one forward over both sides."""
+        scores = self._scores(pairs["chosen_ids"] + pairs["rejected_ids"])
+        chosen, rejected = scores.chunk(2)
+        return chosen, rejected
+
+    def _scores(self, sequences: list[list[int]]) -> Tensor:
+        device = next(self._model.parameters()).device
+        input_ids, lengths = collate_right(sequences, self._pad_id)
+        return sequence_scores(self._model, input_ids.to(device), lengths.to(device))

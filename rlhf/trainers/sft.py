@@ -1,0 +1,84 @@
+"""Step 1, supervised fine-tuning: cross-entropy on the completions alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import SFTConfig
+from rlhf.data import LengthGroupedBatches, collate_right
+from rlhf.engines import SingleProcessEngine
+from rlhf.models import completion_logprobs
+from rlhf.tracking import ProgressBar, Tracker
+from rlhf.trainers.columns import Columns, micro_batches
+
+
+class SFTTrainer:
+    """Trains a causal language model on encoded demonstrations (input_ids, loss_mask)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SFTConfig,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self._model = model
+        self._pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
+        self._config = config
+        self._seed = seed
+
+    def train(self, rows: Dataset, *, tracker: Tracker, console: Console) -> None:
+        config = self._config
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        batches = LengthGroupedBatches(lengths, config.batch_size, seed=self._seed)
+        steps = len(batches) * config.epochs
+        engine = SingleProcessEngine(self._model, config.optimizer, total_steps=steps)
+        self._model.train()
+        step = 0
+        with ProgressBar("SFT", steps, console) as bar:
+            for epoch in range(config.epochs):
+                for indices in batches.epoch(epoch):
+                    loss = self._train_batch(engine, rows[indices])
+                    info = engine.step()
+                    step += 1
+                    tracker.log(
+                        step,
+                        {"loss": loss, "lr": info.learning_rate, "grad_norm": info.grad_norm},
+                    )
+                    bar.advance(tokens=sum(lengths[i] for i in indices), loss=loss)
+
+    def evaluate(self, rows: Dataset) -> dict[str, float]:
+        """Mean loss per completion token, and its exponential."""
+        self._model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in micro_batches(rows[:], self._config.micro_batch_size):
+                logprobs = self._logprobs(batch)
+                total -= float(logprobs.sum())
+                count += logprobs.numel()
+        loss = total / max(1, count)
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
+
+    def _train_batch(self, engine: SingleProcessEngine, batch: Columns) -> float:
+        count = sum(sum(mask[1:]) for mask in batch["loss_mask"])
+        total = 0.0
+        for micro in micro_batches(batch, self._config.micro_batch_size):
+            loss = -self._logprobs(micro).sum() / max(1, count)
+            engine.backward(loss)
+            total += float(loss.detach())
+        return total
+
+    def _logprobs(self, batch: Columns) -> Tensor:
+        device = next(self._model.parameters()).device
+        input_ids, _ = collate_right(batch["input_ids"], self._pad_id)
+        loss_mask, _ = collate_right(batch["loss_mask"], 0)
+        return completion_logprobs(
+            self._model, input_ids.to(device), loss_mask.bool().to(device)
+        )
