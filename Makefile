@@ -1,0 +1,54 @@
+# Two commands for a machine with Python 3.10+, g++ and make: `make demo` and `make test`.
+# Each sets up .venv by itself. Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-gpu bench lint format clean
+
+demo: $(VENV)/installed
+	$(BIN)/rlhf run --config examples/tiny_cpu.yaml
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+# On a machine with a CUDA device.
+test-gpu: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' 'tests/cuda_emulator/*' | grep -E '\.(h|cpp|cu|cuh)$$' | \
+		xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/python-ready:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/installed: $(VENV)/python-ready pyproject.toml setup.py constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+# Triton without its dependencies: its kernels are interpreted and compiled here, not run.
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps triton
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-test
+	$(PIP) --editable '.[dev]'
+	touch $@
