@@ -16,15 +16,15 @@ using Stream = void*;
 enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
 struct RopeAndStoreKv {
-  void* q;                      // [tokens, num_heads, head_dim], written
-  void* k_cache;                // [num_blocks, num_kv_heads, block_size, head_dim], written
-  void* v_cache;                // as k_cache
-  const void* qkv;              // [tokens, (num_heads + 2 * num_kv_heads) * head_dim]
-  const void* bias;             // [(num_heads + 2 * num_kv_heads) * head_dim] or null
-  const void* q_norm;           // [head_dim] or null
-  const void* k_norm;           // [head_dim] or null
-  const float* cos_sin;         // [max_position, rotary_dim]: cosines, then sines; null: no rotation
-  const int64_t* positions;     // [tokens]
+  void* q;                   // [tokens, num_heads, head_dim], written
+  void* k_cache;             // [num_blocks, num_kv_heads, block_size, head_dim], written
+  void* v_cache;             // as k_cache
+  const void* qkv;           // [tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+  const void* bias;          // [(num_heads + 2 * num_kv_heads) * head_dim] or null
+  const void* q_norm;        // [head_dim] or null
+  const void* k_norm;        // [head_dim] or null
+  const float* cos_sin;      // [max_position, rotary_dim]: cosines, then sines; null: no rotation
+  const int64_t* positions;  // [tokens]
   const int64_t* slot_mapping;  // [tokens]: block * block_size + offset; negative: not stored
   int64_t tokens, num_heads, num_kv_heads, head_dim, block_size, rotary_dim;
   float norm_eps, norm_weight_offset;
@@ -44,10 +44,10 @@ struct PagedAttention {
   const int32_t* seq_lens;      // [sequences], keys of each, the new tokens included
   const float* alibi_slopes;    // [num_heads] or null
   int64_t tokens, sequences, num_heads, num_kv_heads, head_dim, block_size, max_blocks;
-  int64_t max_query_len;        // the most queries of one sequence
-  int64_t num_splits;           // key ranges in parallel; 0: the launcher chooses
-  int64_t window;               // 0: unlimited
-  float scale, softcap;         // softcap 0: none
+  int64_t max_query_len;  // the most queries of one sequence
+  int64_t num_splits;     // key ranges in parallel; 0: the launcher chooses
+  int64_t window;         // 0: unlimited
+  float scale, softcap;   // softcap 0: none
   DType dtype;
 };
 

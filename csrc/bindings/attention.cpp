@@ -14,6 +14,8 @@ struct Inputs {
 
 // Checks what decode and prefill have in common and fills it in; `out` is not set.
 PagedAttention checked(const Inputs& in, double scale, int64_t window, double softcap) {
+  PagedAttention args{};
+  args.dtype = float_dtype("q", in.q);
   check_shape("k_cache", in.k_cache, {kAny, kAny, kAny, kAny});
   const int64_t blocks = in.k_cache.size(0), kv_heads = in.k_cache.size(1);
   const int64_t block_size = in.k_cache.size(2), head_dim = in.k_cache.size(3);
@@ -27,7 +29,6 @@ PagedAttention checked(const Inputs& in, double scale, int64_t window, double so
   check_operand("seq_lens", in.seq_lens, {sequences}, ScalarType::Int, in.q);
   check_operand("block_tables", in.block_tables, {sequences, kAny}, ScalarType::Int, in.q);
   check_operand("alibi_slopes", in.alibi_slopes, {num_heads}, ScalarType::Float, in.q);
-  PagedAttention args{};
   args.q = in.q.const_data_ptr();
   args.k_cache = in.k_cache.const_data_ptr();
   args.v_cache = in.v_cache.const_data_ptr();
@@ -45,7 +46,6 @@ PagedAttention checked(const Inputs& in, double scale, int64_t window, double so
   args.window = window;
   args.scale = static_cast<float>(scale);
   args.softcap = static_cast<float>(softcap);
-  args.dtype = float_dtype("q", in.q);
   return args;
 }
 
@@ -62,9 +62,10 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
                         const Tensor& block_tables, const Tensor& seq_lens, double scale,
                         const OptionalTensor& alibi_slopes, int64_t window, double softcap,
                         int64_t num_splits) {
-  PagedAttention args = checked({q, k_cache, v_cache, block_tables, seq_lens, alibi_slopes}, scale,
-                                window, softcap);
+  check_shape("q", q, {kAny, kAny, kAny});
   check_shape("seq_lens", seq_lens, {q.size(0)});
+  PagedAttention args =
+      checked({q, k_cache, v_cache, block_tables, seq_lens, alibi_slopes}, scale, window, softcap);
   args.num_splits = num_splits;
   return launch_attention(q, args);
 }
@@ -73,8 +74,8 @@ Tensor prefill_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v
                          const Tensor& block_tables, const Tensor& cu_seqlens,
                          const Tensor& seq_lens, int64_t max_query_len, double scale,
                          const OptionalTensor& alibi_slopes, int64_t window, double softcap) {
-  PagedAttention args = checked({q, k_cache, v_cache, block_tables, seq_lens, alibi_slopes}, scale,
-                                window, softcap);
+  PagedAttention args =
+      checked({q, k_cache, v_cache, block_tables, seq_lens, alibi_slopes}, scale, window, softcap);
   check_operand("cu_seqlens", cu_seqlens, {args.sequences + 1}, ScalarType::Int, q);
   args.cu_seqlens = data<int32_t>(cu_seqlens);
   args.max_query_len = max_query_len;

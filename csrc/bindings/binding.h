@@ -66,10 +66,32 @@ inline void check_shape(const char* name, const Tensor& tensor,
                   join(found.data(), found.size()));
 }
 
-inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
+// The name that Python has for the dtype.
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
-  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected dtype ", dtype_name(expected),
+  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected ", dtype_name(expected),
                   ", got ", dtype_name(tensor.scalar_type()));
 }
 
@@ -94,7 +116,8 @@ inline DType float_dtype(const char* name, const Tensor& tensor) {
 }
 
 inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& first) {
-  STD_TORCH_CHECK(tensor.device() == first.device(), name, ": on another device than the first argument");
+  STD_TORCH_CHECK(tensor.device() == first.device(), name,
+                  ": on another device than the first argument");
 }
 
 // The usual contract of an operand: shape, dtype and device of the op, contiguous.
@@ -129,8 +152,7 @@ class Launch {
 #if HE_ON_CUDA
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
   }
 #else
   explicit Launch(const Tensor&) {}

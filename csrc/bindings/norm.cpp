@@ -26,8 +26,8 @@ int64_t checked_rows(const Tensor& x, const Tensor* residual, const Tensor& weig
 
 Tensor run_rms_norm(const Tensor& x, Tensor* residual, const Tensor& weight, double eps,
                     double weight_offset) {
-  const int64_t rows = checked_rows(x, residual, weight);
   const DType dtype = float_dtype("x", x);
+  const int64_t rows = checked_rows(x, residual, weight);
   Tensor out = torch::stable::empty_like(x);
   if (rows == 0) return out;
   Launch launch(x);
@@ -40,9 +40,9 @@ Tensor run_rms_norm(const Tensor& x, Tensor* residual, const Tensor& weight, dou
 
 Tensor run_layer_norm(const Tensor& x, Tensor* residual, const Tensor& weight,
                       const OptionalTensor& bias, double eps) {
+  const DType dtype = float_dtype("x", x);
   const int64_t rows = checked_rows(x, residual, weight);
   check_operand("bias", bias, {last_dim(x)}, x.scalar_type(), x);
-  const DType dtype = float_dtype("x", x);
   Tensor out = torch::stable::empty_like(x);
   if (rows == 0) return out;
   Launch launch(x);

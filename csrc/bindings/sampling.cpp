@@ -22,8 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& te
   check_operand("positions", positions, {rows}, ScalarType::Long, logits);
   check_operand("repetition_penalty", repetition_penalty, {rows}, ScalarType::Float, logits);
   check_operand("seen", seen, {rows, vocab}, ScalarType::Byte, logits);
-  STD_TORCH_CHECK(!repetition_penalty || seen,
-                  "seen: needed with repetition_penalty, got None");
+  STD_TORCH_CHECK(!repetition_penalty || seen, "seen: needed with repetition_penalty, got None");
   Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
   Tensor logprobs = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
   Tensor truncated = torch::stable::new_empty(logits, {rows}, ScalarType::Float);

@@ -1,178 +1,128 @@
-// Attention over the paged cache, decode and prefill alike: each query token of each kv head walks
-// the sequence's blocks with an online softmax (arXiv 2205.14135) for its whole group of query
-// heads, so that keys and values are read once a group. Work items are (token, kv head) pairs.
-#include <cmath>
-#include <vector>
+// Attention over the paged cache, decode and prefill alike. A task is one kv head of a few query
+// tokens of one sequence (or, when there are fewer tasks than threads, of one range of its keys):
+// its rows, tokens x query heads of the group, walk the cached blocks together with an online
+// softmax (arXiv 2205.14135), so that keys and values are read once a task.
+#include "cpu/attention.h"
 
-#include "cpu/math.h"
+#include <cmath>
+
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
 
 namespace he::cpu {
 namespace {
 
 // Reading about this many cached elements is worth a thread.
 constexpr int64_t kElementsPerThread = 16384;
-constexpr float kMinusInfinity = -__builtin_inff();
+constexpr int64_t kRowsOfTask = 64;
+constexpr int64_t kKeysOfSplit = 128;
 
-template <typename T>
-float dot(const float* a, const T* b, int64_t dim) {
-  Vec total{};
-  int64_t i = 0;
-  for (; i + kLanes <= dim; i += kLanes) total += load(a + i) * load(b + i);
-  float result = sum(total);
-  for (; i < dim; ++i) result += a[i] * to_float(b[i]);
-  return result;
+int64_t first_visible(const PagedAttention& a, int64_t position) {
+  return a.window > 0 ? std::max<int64_t>(0, position + 1 - a.window) : 0;
 }
 
-// out = out * decay + weights[0..count) * rows, where row j starts at `values + j * dim`.
-template <typename T>
-void accumulate(float* out, float decay, const float* weights, const T* values, int64_t count,
-                int64_t dim) {
-  int64_t i = 0;
-  for (; i + kLanes <= dim; i += kLanes) {
-    Vec total = load(out + i) * decay;
-    for (int64_t j = 0; j < count; ++j) total += weights[j] * load(values + j * dim + i);
-    store(out + i, total);
-  }
-  for (; i < dim; ++i) {
-    float total = out[i] * decay;
-    for (int64_t j = 0; j < count; ++j) total += weights[j] * to_float(values[j * dim + i]);
-    out[i] = total;
-  }
+int64_t choose_splits(const PagedAttention& a, int64_t tasks, int64_t keys) {
+  if (a.num_splits > 0) return a.num_splits;
+  const int64_t threads = omp_get_max_threads(), most = keys / kKeysOfSplit;
+  int64_t splits = 1;
+  while (splits < most && tasks * splits < 4 * threads && tasks * splits % threads) ++splits;
+  return splits;
 }
 
-// exp(scores - most) in place; returns the sum.
-float exponentiate(float* scores, int64_t count, float most) {
-  Vec total{};
-  for_each_vec(
-      count,
-      [&](int64_t i) {
-        const Vec e = exp(load(scores + i) - most);
-        store(scores + i, e);
-        total += e;
-      },
-      [&](int64_t i, int64_t rest) {
-        const Vec e = exp(load_partial(scores + i, rest, kMinusInfinity) - most);
-        store_partial(scores + i, e, rest);
-        total += e;
-      });
-  return sum(total);
-}
-
-// The state of one query head.
-struct OnlineSoftmax {
-  float most = kMinusInfinity, total = 0.f;
-};
-
-struct Query {
-  int64_t sequence, position;  // position of the token in its sequence
-};
-
-template <typename T>
-class GroupAttention {
- public:
-  explicit GroupAttention(const PagedAttention& args)
-      : a_(args),
-        group_(args.num_heads / args.num_kv_heads),
-        q_(group_ * args.head_dim),
-        out_(group_ * args.head_dim),
-        scores_(args.block_size),
-        states_(group_) {}
-
-  void run(int64_t token, Query query, int64_t kv_head) {
-    load_queries(token, kv_head);
-    const int64_t keys = query.position + 1;
-    const int64_t first = a_.window > 0 ? std::max<int64_t>(0, keys - a_.window) : 0;
-    const int32_t* table = a_.block_tables + query.sequence * a_.max_blocks;
-    for (int64_t begin = first; begin < keys;) {
-      const int64_t offset = begin % a_.block_size;
-      const int64_t count = std::min(a_.block_size - offset, keys - begin);
-      const int64_t block = table[begin / a_.block_size];
-      const int64_t row = (block * a_.num_kv_heads + kv_head) * a_.block_size + offset;
-      visit_block(row * a_.head_dim, begin, count, query.position, kv_head);
-      begin += count;
-    }
-    write(token, kv_head);
-  }
-
- private:
-  void load_queries(int64_t token, int64_t kv_head) {
-    const T* q = static_cast<const T*>(a_.q) +
-                 (token * a_.num_heads + kv_head * group_) * a_.head_dim;
-    for (int64_t i = 0; i < group_ * a_.head_dim; ++i) {
-      q_[i] = to_float(q[i]) * a_.scale;
-      out_[i] = 0.f;
-    }
-    for (OnlineSoftmax& state : states_) state = {};
-  }
-
-  // `count` cached keys, the first at sequence position `begin` and element `start` of the cache.
-  void visit_block(int64_t start, int64_t begin, int64_t count, int64_t position,
-                   int64_t kv_head) {
-    const T* keys = static_cast<const T*>(a_.k_cache) + start;
-    const T* values = static_cast<const T*>(a_.v_cache) + start;
-    for (int64_t g = 0; g < group_; ++g) {
-      OnlineSoftmax& state = states_[g];
-      const float slope = a_.alibi_slopes ? a_.alibi_slopes[kv_head * group_ + g] : 0.f;
-      float most = state.most;
-      for (int64_t j = 0; j < count; ++j) {
-        float score = dot(q_.data() + g * a_.head_dim, keys + j * a_.head_dim, a_.head_dim);
-        if (a_.softcap > 0.f) score = a_.softcap * std::tanh(score / a_.softcap);
-        score += slope * static_cast<float>(begin + j - position);
-        scores_[j] = score;
-        most = score > most || score != score ? score : most;
-      }
-      const float decay = state.total > 0.f ? std::exp(state.most - most) : 0.f;
-      state.total = state.total * decay + exponentiate(scores_.data(), count, most);
-      state.most = most;
-      accumulate(out_.data() + g * a_.head_dim, decay, scores_.data(), values, count, a_.head_dim);
-    }
-  }
-
-  void write(int64_t token, int64_t kv_head) {
-    T* out = static_cast<T*>(a_.out) + (token * a_.num_heads + kv_head * group_) * a_.head_dim;
-    for (int64_t g = 0; g < group_; ++g) {
-      const float scale = states_[g].total == 0.f ? 0.f : 1.f / states_[g].total;
-      for (int64_t i = 0; i < a_.head_dim; ++i) {
-        out[g * a_.head_dim + i] = from_float<T>(out_[g * a_.head_dim + i] * scale);
-      }
-    }
-  }
-
-  const PagedAttention& a_;
-  const int64_t group_;  // query heads a kv head
-  std::vector<float> q_, out_, scores_;
-  std::vector<OnlineSoftmax> states_;
-};
-
-// Which sequence each packed token belongs to, and its position there.
-std::vector<Query> locate_queries(const PagedAttention& a) {
-  std::vector<Query> queries(a.tokens);
+std::vector<AttentionTask> make_tasks(const PagedAttention& a) {
+  const int64_t group = a.num_heads / a.num_kv_heads;
+  const int64_t tile = std::max<int64_t>(1, kRowsOfTask / group);
+  std::vector<AttentionTask> tasks;
   for (int64_t s = 0; s < a.sequences; ++s) {
     const int64_t begin = a.cu_seqlens ? a.cu_seqlens[s] : s;
     const int64_t end = a.cu_seqlens ? a.cu_seqlens[s + 1] : s + 1;
-    for (int64_t t = begin; t < end; ++t) queries[t] = {s, a.seq_lens[s] - (end - t)};
+    for (int64_t token = begin; token < end; token += tile) {
+      const int64_t tokens = std::min(tile, end - token);
+      const int64_t position = a.seq_lens[s] - (end - token), last = position + tokens;
+      const int64_t first = std::min(first_visible(a, position), std::max<int64_t>(0, last));
+      for (int64_t head = 0; head < a.num_kv_heads; ++head) {
+        tasks.push_back({s, token, tokens, position, head, first, std::max(first, last), nullptr});
+      }
+    }
   }
-  return queries;
+  return tasks;
+}
+
+// Cuts each task's keys into `splits` ranges at block boundaries; the pieces of a task follow one
+// another and leave their state in `partials`.
+std::vector<AttentionTask> split_tasks(const PagedAttention& a,
+                                       const std::vector<AttentionTask>& tasks, int64_t splits,
+                                       std::vector<float>& partials) {
+  const int64_t group = a.num_heads / a.num_kv_heads, stride = group * (a.head_dim + 2);
+  partials.resize(tasks.size() * splits * stride);
+  std::vector<AttentionTask> pieces;
+  for (const AttentionTask& task : tasks) {
+    const int64_t keys = task.last_key - task.first_key;
+    const int64_t share = (keys / splits / a.block_size + 1) * a.block_size;
+    const int64_t origin = task.first_key / a.block_size * a.block_size;
+    for (int64_t i = 0; i < splits; ++i) {
+      AttentionTask piece = task;
+      piece.first_key = std::clamp(origin + i * share, task.first_key, task.last_key);
+      piece.last_key = i + 1 == splits
+                           ? task.last_key
+                           : std::clamp(origin + (i + 1) * share, task.first_key, task.last_key);
+      piece.partial = partials.data() + pieces.size() * stride;
+      pieces.push_back(piece);
+    }
+  }
+  return pieces;
+}
+
+// The pieces of one decode task become its output rows: softmax states merge by their maxima.
+template <typename T>
+void combine(const PagedAttention& a, const AttentionTask* pieces, int64_t splits) {
+  const int64_t group = a.num_heads / a.num_kv_heads, dim = a.head_dim;
+  for (int64_t g = 0; g < group; ++g) {
+    float most = kMinusInfinity, total = 0.f;
+    std::vector<float> out(dim);
+    for (int64_t i = 0; i < splits; ++i) most = std::max(most, pieces[i].partial[g * (dim + 2)]);
+    for (int64_t i = 0; i < splits; ++i) {
+      const float* part = pieces[i].partial + g * (dim + 2);
+      if (part[1] == 0.f) continue;
+      const float weight = std::exp(part[0] - (most == kMinusInfinity ? 0.f : most));
+      total += part[1] * weight;
+      for (int64_t d = 0; d < dim; ++d) out[d] += part[2 + d] * weight;
+    }
+    write_row(output_row<T>(a, pieces[0], g), out.data(), 1, dim, total);
+  }
+}
+
+template <typename T>
+void run_tasks(const PagedAttention& a, const std::vector<AttentionTask>& tasks, int64_t threads) {
+  parallel_tasks(tasks.size(), threads, [&](const auto& next) {
+    RowAttention<T> rows(a);
+    TileAttention<T> tiles(a);
+    for (int64_t i = next(); i >= 0; i = next()) {
+      if (prefers_tiles(a, tasks[i])) {
+        tiles.run(tasks[i]);
+      } else {
+        rows.run(tasks[i]);
+      }
+    }
+  });
 }
 
 }  // namespace
 
 void paged_attention(const PagedAttention& args, Stream) {
-  const std::vector<Query> queries = locate_queries(args);
+  std::vector<AttentionTask> tasks = make_tasks(args);
   int64_t keys = 0;
-  for (const Query& query : queries) keys += query.position + 1;
-  const int64_t items = args.tokens * args.num_kv_heads;
-  const int64_t elements = 2 * keys * args.head_dim / std::max<int64_t>(1, args.tokens) + 1;
+  for (const AttentionTask& task : tasks) keys += task.last_key - task.first_key;
+  const int64_t threads = 1 + keys * args.head_dim * 2 / kElementsPerThread;
+  const int64_t count = std::max<int64_t>(1, tasks.size());
+  const int64_t splits = args.cu_seqlens ? 1 : choose_splits(args, count, keys / count);
+  std::vector<float> partials;
+  if (splits > 1) tasks = split_tasks(args, tasks, splits, partials);
   dispatch(args.dtype, [&](auto t) {
-    parallel_for(items, kElementsPerThread / elements + 1, [&](int64_t begin, int64_t end) {
-      GroupAttention<decltype(t)> attention(args);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t token = i / args.num_kv_heads;
-        attention.run(token, queries[token], i % args.num_kv_heads);
-      }
-    });
+    run_tasks<decltype(t)>(args, tasks, threads);
+    if (splits == 1) return;
+    for (size_t i = 0; i < tasks.size(); i += splits) {
+      combine<decltype(t)>(args, tasks.data() + i, splits);
+    }
   });
 }
 

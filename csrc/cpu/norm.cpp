@@ -33,34 +33,47 @@ void load_row(float* wide, const T* x, T* residual, int64_t dim) {
   for_each_vec(dim, full, partial);
 }
 
-float mean_of(const float* wide, int64_t dim) {
-  Vec total{};
-  for_each_vec(
-      dim, [&](int64_t i) { total += load(wide + i); },
-      [&](int64_t i, int64_t rest) { total += load_partial(wide + i, rest); });
-  return sum(total) / dim;
+// Sums f(v) over a row; `neutral` fills the last vector up and must have f(neutral) = 0.
+template <typename Function>
+float sum_row(const float* wide, int64_t dim, const Function& f, float neutral = 0.f) {
+  Vec total = sum_vecs(dim, [&](int64_t i) { return f(load(wide + i)); });
+  const int64_t rest = dim % kLanes;
+  if (rest) total += f(load_partial(wide + dim - rest, rest, neutral));
+  return sum(total);
 }
 
-float mean_square_around(const float* wide, float centre, int64_t dim) {
-  Vec total{};
-  auto add = [&](Vec v) { total += v * v; };
+struct Moments {
+  float shift, square;
+};
+
+// Subtracts the rounded mean in place. The remainder of the mean comes back as `shift`, so that
+// rows far from zero keep their digits; `square` is the variance.
+Moments centre(float* wide, int64_t dim) {
+  const float mean = sum_row(wide, dim, [](Vec v) { return v; }) / dim;
   for_each_vec(
-      dim, [&](int64_t i) { add(load(wide + i) - centre); },
-      [&](int64_t i, int64_t rest) { add(load_partial(wide + i, rest, centre) - centre); });
-  return sum(total) / dim;
+      dim, [&](int64_t i) { store(wide + i, load(wide + i) - mean); },
+      [&](int64_t i, int64_t rest) {
+        for (int64_t j = i; j < i + rest; ++j) wide[j] -= mean;
+      });
+  const float shift = sum_row(wide, dim, [](Vec v) { return v; }) / dim;
+  return {shift, sum_row(wide, dim, [&](Vec v) { return (v - shift) * (v - shift); }, shift) / dim};
 }
 
-// out = (wide - centre) * scale * (weight + weight_offset) + bias
+Moments around_zero(const float* wide, int64_t dim) {
+  return {0.f, sum_row(wide, dim, [](Vec v) { return v * v; }) / dim};
+}
+
+// out = (wide - shift) * scale * (weight + weight_offset) + bias
 template <typename T>
-void write_row(T* out, const float* wide, const T* weight, const T* bias, int64_t dim, float centre,
+void write_row(T* out, const float* wide, const T* weight, const T* bias, int64_t dim, float shift,
                float scale, float weight_offset) {
   auto full = [&](int64_t i) {
-    Vec v = (load(wide + i) - centre) * scale * (load(weight + i) + weight_offset);
+    Vec v = (load(wide + i) - shift) * scale * (load(weight + i) + weight_offset);
     if (bias != nullptr) v += load(bias + i);
     store(out + i, v);
   };
   auto partial = [&](int64_t i, int64_t rest) {
-    Vec v = (load_partial(wide + i, rest) - centre) * scale;
+    Vec v = (load_partial(wide + i, rest) - shift) * scale;
     v *= load_partial(weight + i, rest) + weight_offset;
     if (bias != nullptr) v += load_partial(bias + i, rest);
     store_partial(out + i, v, rest);
@@ -90,10 +103,10 @@ void normalise(const NormArgs& args) {
     for (int64_t row = begin; row < end; ++row) {
       T* residual = args.residual ? static_cast<T*>(args.residual) + row * dim : nullptr;
       load_row(wide, static_cast<const T*>(args.x) + row * dim, residual, dim);
-      const float centre = args.centred ? mean_of(wide, dim) : 0.f;
-      const float scale = 1.f / std::sqrt(mean_square_around(wide, centre, dim) + args.eps);
+      const Moments moments = args.centred ? centre(wide, dim) : around_zero(wide, dim);
+      const float scale = 1.f / std::sqrt(moments.square + args.eps);
       write_row(static_cast<T*>(args.out) + row * dim, wide, static_cast<const T*>(args.weight),
-                static_cast<const T*>(args.bias), dim, centre, scale, args.weight_offset);
+                static_cast<const T*>(args.bias), dim, moments.shift, scale, args.weight_offset);
     }
   });
 }

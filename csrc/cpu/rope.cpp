@@ -14,7 +14,8 @@ constexpr int64_t kElementsPerThread = 8192;
 template <typename T>
 void load_head(float* head, const T* qkv, const T* bias, int64_t dim) {
   for_each_vec(
-      dim, [&](int64_t i) { store(head + i, bias ? load(qkv + i) + load(bias + i) : load(qkv + i)); },
+      dim,
+      [&](int64_t i) { store(head + i, bias ? load(qkv + i) + load(bias + i) : load(qkv + i)); },
       [&](int64_t i, int64_t rest) {
         for (int64_t j = i; j < i + rest; ++j) {
           head[j] = to_float(qkv[j]) + (bias ? to_float(bias[j]) : 0.f);

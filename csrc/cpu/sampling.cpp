@@ -76,7 +76,7 @@ void penalise(float* logits, const uint8_t* seen, int64_t count, float penalty) 
 }
 
 // The largest threshold t such that the weights >= t, each counted as `measure` has it, reach
-// `target`. Weights below `floor` do not take part.
+// `target` and are not none. Weights below `floor` do not take part.
 template <typename Measure>
 float select_threshold(const float* weights, int64_t count, float floor, double target,
                        const Measure& measure) {
@@ -94,7 +94,7 @@ float select_threshold(const float* weights, int64_t count, float floor, double 
       bins[(bits >> shift) & (kBins[level] - 1)] += measure(weights[i]);
     }
     int64_t bin = kBins[level] - 1;
-    while (bin > 0 && above + bins[bin] < target) above += bins[bin--];
+    while (bin > 0 && (bins[bin] == 0. || above + bins[bin] < target)) above += bins[bin--];
     prefix |= static_cast<uint32_t>(bin) << shift;
   }
   return bit_cast<float>(prefix);
@@ -202,8 +202,7 @@ void sample_row(const Sample& a, int64_t row, Row& scratch) {
   }
   const float raw_logit = raw ? raw[token] : logits[token];
   a.tokens[row] = token;
-  a.logprobs[row] =
-      static_cast<float>((raw_logit - full_max) / temperature - std::log(full_mass));
+  a.logprobs[row] = static_cast<float>((raw_logit - full_max) / temperature - std::log(full_mass));
   a.truncated_logprobs[row] = static_cast<float>(truncated);
 }
 

@@ -47,15 +47,26 @@ inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 
 inline float sum(Vec v) {
-  float total = 0.f;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(bit_cast<__m512>(v));
+#elif defined(__AVX2__)
+  const __m256 wide = bit_cast<__m256>(v);
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(wide), _mm256_extractf128_ps(wide, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
 inline float reduce_max(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(bit_cast<__m512>(v));
+#else
   float most = v[0];
   for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
   return most;
+#endif
 }
 
 // ---- scalars ------------------------------------------------------------------------------------
@@ -167,6 +178,21 @@ inline void for_each_vec(int64_t count, const Full& full, const Partial& partial
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) full(i);
   if (i < count) partial(i, count - i);
+}
+
+// Adds up term(i) over the whole vectors of [0, count), in several chains: shorter chains of
+// additions are faster and round less.
+template <typename Term>
+inline Vec sum_vecs(int64_t count, const Term& term) {
+  constexpr int kChains = 8;
+  Vec totals[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+    for (int j = 0; j < kChains; ++j) totals[j] += term(i + j * kLanes);
+  }
+  for (int j = 0; i + kLanes <= count; ++j, i += kLanes) totals[j] += term(i);
+  return ((totals[0] + totals[1]) + (totals[2] + totals[3])) +
+         ((totals[4] + totals[5]) + (totals[6] + totals[7]));
 }
 
 // Calls body with a value of the storage type that `dtype` names.

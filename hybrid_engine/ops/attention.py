@@ -48,8 +48,6 @@ def decode_attention(
     Returns (B, H, D). Arithmetic in fp32.
     """
     batch = q.shape[0]
-    check.shape("q", q, (-1, -1, k_cache.shape[-1]))
-    check.shape("block_tables", block_tables, (batch, -1))
     check.shape("seq_lens", seq_lens, (batch,))
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     return prefill_attention.reference(
@@ -91,18 +89,21 @@ def prefill_attention(
 
     Returns (N, H, D).
     """
-    batch = seq_lens.shape[0]
+    batch = seq_lens.numel()
+    check.shape("k_cache", k_cache, (-1, -1, -1, -1))
     check.shape("q", q, (-1, -1, k_cache.shape[-1]))
-    check.shape("v_cache", v_cache, k_cache.shape)
-    check.shape("block_tables", block_tables, (batch, -1))
-    check.shape("cu_seqlens", cu_seqlens, (batch + 1,))
+    check.floating("q", q)
+    check.operand("k_cache", k_cache, k_cache.shape, q.dtype, q)
+    check.operand("v_cache", v_cache, k_cache.shape, q.dtype, q)
+    check.operand("seq_lens", seq_lens, (batch,), torch.int32, q)
+    check.operand("block_tables", block_tables, (batch, -1), torch.int32, q)
+    check.operand("cu_seqlens", cu_seqlens, (batch + 1,), torch.int32, q)
+    check.operand("alibi_slopes", alibi_slopes, (q.shape[1],), torch.float32, q)
     if q.shape[1] % k_cache.shape[1]:
         raise ValueError(f"q: {q.shape[1]} heads are no multiple of {k_cache.shape[1]} kv heads")
     out = torch.zeros_like(q)
     bounds, lengths = cu_seqlens.tolist(), seq_lens.tolist()
-    for i, (start, end, length) in enumerate(
-        zip(bounds[:-1], bounds[1:], lengths, strict=True)
-    ):
+    for i, (start, end, length) in enumerate(zip(bounds[:-1], bounds[1:], lengths, strict=True)):
         if end > start and length > 0:
             keys = _gather(k_cache, block_tables[i], length)
             values = _gather(v_cache, block_tables[i], length)

@@ -73,8 +73,8 @@ def find_compiler() -> str:
         if name and (path := shutil.which(name)):
             return path
     raise BuildError(
-        "no C++ compiler found (looked for $CXX, g++, c++, clang++). Install g++ 9 or newer, or set "
-        "HYBRID_ENGINE_NATIVE=off to use the PyTorch reference, which is many times slower"
+        "no C++ compiler found (looked for $CXX, g++, c++, clang++). Install g++ 9 or newer, or "
+        "set HYBRID_ENGINE_NATIVE=off to use the PyTorch reference, which is many times slower"
     )
 
 
@@ -177,8 +177,12 @@ def _ninja_file(units: list[Compilation], link: list[str], output: str) -> str:
     for unit in units:
         target = f"{unit.source.parent.name}_{unit.source.stem}.o"
         objects.append(target)
-        command = " ".join([*map(_quote, unit.command), "-c", _quote(str(unit.source)), "-o", target])
-        lines += _edge(target, str(unit.source), command, f"{unit.source.parent.name}/{unit.source.name}")
+        command = " ".join(
+            [*map(_quote, unit.command), "-c", _quote(str(unit.source)), "-o", target]
+        )
+        lines += _edge(
+            target, str(unit.source), command, f"{unit.source.parent.name}/{unit.source.name}"
+        )
     command = " ".join([*map(_quote, link[:1]), *objects, *map(_quote, link[1:]), "-o", output])
     lines += _edge(output, " ".join(objects), command, "link")
     return "\n".join(lines) + "\n"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
@@ -16,6 +19,46 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected {wanted}, got {found}".replace("'", ""))
 
 
+def dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+    if tensor.dtype != expected:
+        raise ValueError(f"{name}: expected {_name(expected)}, got {_name(tensor.dtype)}")
+
+
+def contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor")
+
+
 def floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    """The contract of an op's first operand: a dtype that has kernels, contiguous memory."""
+    if tensor.dtype not in _FLOATING:
+        raise ValueError(
+            f"{name}: expected float32, bfloat16 or float16, got {_name(tensor.dtype)}"
+        )
+    contiguous(name, tensor)
+
+
+def has_last_dimension(name: str, tensor: Tensor) -> None:
+    if tensor.dim() == 0:
+        raise ValueError(f"{name}: expected at least one dimension, got a scalar")
+
+
+def operand(
+    name: str,
+    tensor: Tensor | None,
+    expected_shape: Sequence[int],
+    expected_dtype: torch.dtype,
+    first: Tensor,
+) -> None:
+    """The usual contract: shape, dtype, the device of the op's first operand, contiguous."""
+    if tensor is None:
+        return
+    shape(name, tensor, expected_shape)
+    dtype(name, tensor, expected_dtype)
+    if tensor.device != first.device:
+        raise ValueError(f"{name}: expected device {first.device}, got {tensor.device}")
+    contiguous(name, tensor)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

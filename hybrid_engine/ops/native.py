@@ -41,7 +41,7 @@ def machine_isa() -> str:
 
 
 def load() -> NativeStatus:
-    """Build if needed and load the CPU library. Called once, when `hybrid_engine.ops` is imported."""
+    """Build if needed and load the CPU library. Called once, at the import of the ops."""
     policy = os.environ.get("HYBRID_ENGINE_NATIVE", "auto")
     if policy not in POLICIES:
         raise ValueError(f"HYBRID_ENGINE_NATIVE={policy!r}: expected one of {', '.join(POLICIES)}")

@@ -17,6 +17,16 @@ def _fake_like_first(x: Tensor, *args: object, **kwargs: object) -> Tensor:
     return torch.empty_like(x)
 
 
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> None:
+    check.has_last_dimension("x", x)
+    check.floating("x", x)
+    check.operand("weight", weight, x.shape[-1:], x.dtype, x)
+    check.operand("bias", bias, x.shape[-1:], x.dtype, x)
+    check.operand("residual", residual, x.shape, x.dtype, x)
+
+
 @define_op(
     "rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor",
     fake=_fake_like_first,
@@ -32,7 +42,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) 
 
     Returns (..., D). Arithmetic in fp32, rounded once. Source: arXiv 1910.07467, eq. 4.
     """
-    check.shape("weight", weight, x.shape[-1:])
+    _check(x, weight)
+    return rms_normalise(x, weight, eps, weight_offset)
+
+
+def rms_normalise(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
+    """The maths of `rms_norm`, whatever the layout and the dtype of the weight."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * (weight.float() + weight_offset)).to(x.dtype)
@@ -97,7 +112,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
 ) -> Tensor:
     """residual += x, then rms_norm(residual). Shapes as in `rms_norm`; residual like x."""
-    check.shape("residual", residual, x.shape)
+    _check(x, weight, residual=residual)
     residual.add_(x)
     return rms_norm.reference(residual, weight, eps, weight_offset)
 
@@ -114,7 +129,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
     Returns (..., D). Arithmetic in fp32, rounded once. Source: arXiv 1607.06450, eq. 4.
     """
-    check.shape("weight", weight, x.shape[-1:])
+    _check(x, weight, bias)
     wide_bias = None if bias is None else bias.float()
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), wide_bias, eps).to(x.dtype)
 
@@ -128,6 +143,6 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:
     """residual += x, then layer_norm(residual). Shapes as in `layer_norm`; residual like x."""
-    check.shape("residual", residual, x.shape)
+    _check(x, weight, bias, residual)
     residual.add_(x)
     return layer_norm.reference(residual, weight, bias, eps)

@@ -45,9 +45,7 @@ class Op(Generic[P, R]):
 OPS: dict[str, Op[Any, Any]] = {}
 
 
-def define_op(
-    schema: str, *, fake: Callable[..., Any]
-) -> Callable[[Callable[P, R]], Op[P, R]]:
+def define_op(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Register the decorated function as the reference of the op with this schema.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_engine.ops import check
-from hybrid_engine.ops.norm import rms_norm
+from hybrid_engine.ops.norm import rms_normalise
 from hybrid_engine.ops.registry import NAMESPACE, define_op
 
 
@@ -67,19 +67,32 @@ def rope_and_store_kv(
 
     Returns (N, H, D), rotated. Source of the rotation: arXiv 2104.09864, eq. 34.
     """
+    check.shape("k_cache", k_cache, (-1, -1, -1, -1))
     tokens = qkv.shape[0]
     _, kv_heads, block_size, head_dim = k_cache.shape
-    check.shape("qkv", qkv, (-1, (num_heads + 2 * kv_heads) * head_dim))
-    check.shape("positions", positions, (tokens,))
-    check.shape("slot_mapping", slot_mapping, (tokens,))
-    check.shape("v_cache", v_cache, k_cache.shape)
+    width = (num_heads + 2 * kv_heads) * head_dim
+    check.shape("qkv", qkv, (-1, width))
+    check.floating("qkv", qkv)
+    check.operand("bias", bias, (width,), qkv.dtype, qkv)
+    check.operand("q_norm", q_norm, (head_dim,), qkv.dtype, qkv)
+    check.operand("k_norm", k_norm, (head_dim,), qkv.dtype, qkv)
+    check.operand("cos_sin", cos_sin, (-1, -1), torch.float32, qkv)
+    if cos_sin is not None and (cos_sin.shape[1] > head_dim or cos_sin.shape[1] % 2):
+        raise ValueError(
+            f"cos_sin: expected an even width of at most head_dim={head_dim}, "
+            f"got {cos_sin.shape[1]}"
+        )
+    check.operand("positions", positions, (tokens,), torch.int64, qkv)
+    check.operand("k_cache", k_cache, k_cache.shape, qkv.dtype, qkv)
+    check.operand("v_cache", v_cache, k_cache.shape, qkv.dtype, qkv)
+    check.operand("slot_mapping", slot_mapping, (tokens,), torch.int64, qkv)
     wide = qkv.float() if bias is None else qkv.float() + bias.float()
     heads = wide.view(tokens, num_heads + 2 * kv_heads, head_dim)
     q, k, v = heads.split([num_heads, kv_heads, kv_heads], dim=1)  # each (N, heads, D)
     if q_norm is not None:
-        q = rms_norm.reference(q, q_norm.float(), norm_eps, norm_weight_offset)
+        q = rms_normalise(q, q_norm, norm_eps, norm_weight_offset)
     if k_norm is not None:
-        k = rms_norm.reference(k, k_norm.float(), norm_eps, norm_weight_offset)
+        k = rms_normalise(k, k_norm, norm_eps, norm_weight_offset)
     if cos_sin is not None:
         cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # (N, 1, R/2)
         q, k = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)

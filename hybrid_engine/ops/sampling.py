@@ -57,12 +57,24 @@ def sample(
             temperature 1 stands in for 0.
         truncated_logprobs: (B,) fp32, under the distribution that was sampled from (greedy: 0).
     """
-    rows = logits.shape[0]
-    for name, tensor in (
-        ("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p),
-        ("seeds", seeds), ("positions", positions),
-    ):  # fmt: skip
-        check.shape(name, tensor, (rows,))
+    check.shape("logits", logits, (-1, -1))
+    check.floating("logits", logits)
+    rows, vocab = logits.shape
+    for name, tensor, dtype in (
+        ("temperature", temperature, torch.float32),
+        ("top_k", top_k, torch.int64),
+        ("top_p", top_p, torch.float32),
+        ("min_p", min_p, torch.float32),
+        ("seeds", seeds, torch.int64),
+        ("positions", positions, torch.int64),
+        ("repetition_penalty", repetition_penalty, torch.float32),
+    ):
+        check.operand(name, tensor, (rows,), dtype, logits)
+    check.operand("seen", seen, (rows, vocab), torch.uint8, logits)
+    if rows == 0:
+        return _fake(logits)
+    if vocab == 0:
+        raise ValueError(f"logits: expected at least one token, got [{rows}, 0]")
     wide = logits.double()
     if not torch.isfinite(wide.amax(-1)).all():
         raise ValueError("logits: NaN, or a row whose largest logit is not finite")
@@ -89,7 +101,6 @@ def _penalise(logits: Tensor, penalty: Tensor | None, seen: Tensor | None) -> Te
         return logits
     if seen is None:
         raise ValueError("seen: needed with repetition_penalty, got None")
-    check.shape("seen", seen, logits.shape)
     factor = penalty.double().unsqueeze(1)
     scaled = torch.where(logits > 0, logits / factor, logits * factor)
     return torch.where(seen.bool(), scaled, logits)
@@ -124,7 +135,7 @@ def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
         high1, low1 = _multiply(counter[2], 0xCD9E8D57)
         counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
         key = [(key[0] + 0x9E3779B9) & _MASK32, (key[1] + 0xBB67AE85) & _MASK32]
-    return ((counter[0] >> 5) * 2.0**26 + (counter[1] >> 6)).double() * 2.0**-53
+    return ((counter[0] >> 5) * 2**26 + (counter[1] >> 6)).double() * 2.0**-53
 
 
 def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,276 @@
+// Two ways to run one attention task. RowAttention, for few rows: a dot product a key and row, the
+// storage type read as it is. TileAttention, for many rows: SIMD lanes are rows, keys and values
+// are broadcast scalars, and nothing is ever reduced across lanes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/math.h"
+#include "cpu/tile.h"
+#include "cpu/vec.h"
+
+namespace he::cpu {
+
+constexpr float kMinusInfinity = -__builtin_inff();
+
+// `tokens` queries of one sequence and kv head, the first at sequence position `position`, over the
+// keys [first_key, last_key). With `partial` the rows' states go there and not to the output:
+// maximum, sum and unnormalised output of each, [group, 2 + head_dim].
+struct AttentionTask {
+  int64_t sequence, token, tokens, position, kv_head, first_key, last_key;
+  float* partial;
+};
+
+// Row r of a task is token r / group and query head r % group of its kv head.
+template <typename T>
+T* output_row(const PagedAttention& a, const AttentionTask& task, int64_t row) {
+  const int64_t group = a.num_heads / a.num_kv_heads;
+  const int64_t head = task.kv_head * group + row % group;
+  return static_cast<T*>(a.out) + ((task.token + row / group) * a.num_heads + head) * a.head_dim;
+}
+
+template <typename T>
+const T* query_row(const PagedAttention& a, const AttentionTask& task, int64_t row) {
+  const int64_t group = a.num_heads / a.num_kv_heads;
+  const int64_t head = task.kv_head * group + row % group;
+  return static_cast<const T*>(a.q) +
+         ((task.token + row / group) * a.num_heads + head) * a.head_dim;
+}
+
+// A row without a key is zero.
+template <typename T>
+void write_row(T* out, const float* values, int64_t stride, int64_t dim, float total) {
+  const float scale = total == 0.f ? 0.f : 1.f / total;
+  for (int64_t i = 0; i < dim; ++i) out[i] = from_float<T>(values[i * stride] * scale);
+}
+
+// Calls body(keys, values, position, count) for the runs of consecutive cached rows of
+// [begin, end), `position` being that of the first.
+template <typename T, typename Body>
+void for_each_run(const PagedAttention& a, const AttentionTask& task, int64_t begin, int64_t end,
+                  const Body& body) {
+  const int32_t* table = a.block_tables + task.sequence * a.max_blocks;
+  while (begin < end) {
+    const int64_t offset = begin % a.block_size;
+    const int64_t count = std::min(a.block_size - offset, end - begin);
+    const int64_t block = table[begin / a.block_size];
+    const int64_t row = (block * a.num_kv_heads + task.kv_head) * a.block_size + offset;
+    body(static_cast<const T*>(a.k_cache) + row * a.head_dim,
+         static_cast<const T*>(a.v_cache) + row * a.head_dim, begin, count);
+    begin += count;
+  }
+}
+
+// The most rows that RowAttention takes on: with more, the other way has less to do.
+constexpr int64_t kMostRows = 8;
+
+inline bool prefers_tiles(const PagedAttention& a, const AttentionTask& task) {
+  const int64_t rows = task.tokens * (a.num_heads / a.num_kv_heads);
+  return rows > kMostRows || task.tokens > 1 || a.head_dim % kLanes != 0;
+}
+
+// ---- few rows -----------------------------------------------------------------------------------
+
+// One token; head_dim is a multiple of kLanes.
+template <typename T>
+class RowAttention {
+ public:
+  explicit RowAttention(const PagedAttention& args)
+      : a_(args), group_(args.num_heads / args.num_kv_heads) {}
+
+  void run(const AttentionTask& task) {
+    task_ = &task;
+    load_queries();
+    for (int64_t begin = task.first_key; begin < task.last_key; begin += kTileKeys) {
+      const int64_t end = std::min(begin + kTileKeys, task.last_key);
+      for_each_run<T>(a_, task, begin, end,
+                      [&](const T* keys, const T*, int64_t position, int64_t count) {
+                        score(keys, position, count, position - begin);
+                      });
+      for (int64_t g = 0; g < group_; ++g) soften(g, end - begin);
+      for_each_run<T>(a_, task, begin, end,
+                      [&](const T*, const T* values, int64_t position, int64_t count) {
+                        accumulate(values, count, position - begin);
+                      });
+    }
+    finish();
+  }
+
+ private:
+  static constexpr int64_t kTileKeys = 128;
+
+  void load_queries() {
+    q_.resize(group_ * a_.head_dim);
+    scores_.resize(group_ * kTileKeys);
+    out_.assign(group_ * a_.head_dim, 0.f);
+    most_.assign(group_, kMinusInfinity);
+    total_.assign(group_, 0.f);
+    for (int64_t g = 0; g < group_; ++g) {
+      const T* q = query_row<T>(a_, *task_, g);
+      float* wide = q_.data() + g * a_.head_dim;
+      for (int64_t i = 0; i < a_.head_dim; i += kLanes) store(wide + i, load(q + i) * a_.scale);
+    }
+  }
+
+  void score(const T* keys, int64_t position, int64_t count, int64_t place) {
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t g = 0; g < group_; ++g) {
+        float s = dot(q_.data() + g * a_.head_dim, keys + j * a_.head_dim, a_.head_dim);
+        if (a_.softcap > 0.f) s = a_.softcap * std::tanh(s / a_.softcap);
+        if (a_.alibi_slopes) {
+          const float slope = a_.alibi_slopes[task_->kv_head * group_ + g];
+          s += slope * static_cast<float>(position + j - task_->position);
+        }
+        scores_[g * kTileKeys + place + j] = s;
+      }
+    }
+  }
+
+  // Scores of a tile become weights; what was summed so far is rescaled to the new maximum.
+  void soften(int64_t g, int64_t count) {
+    float* scores = scores_.data() + g * kTileKeys;
+    std::fill(scores + count, scores + (count + kLanes - 1) / kLanes * kLanes, kMinusInfinity);
+    Vec most = broadcast(most_[g]), total{};
+    for (int64_t i = 0; i < count; i += kLanes) most = max(load(scores + i), most);
+    const float new_most = reduce_max(most), shift = new_most == kMinusInfinity ? 0.f : new_most;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec weights = exp(load(scores + i) - shift);
+      total += weights;
+      store(scores + i, weights);
+    }
+    const float decay = most_[g] == kMinusInfinity ? 0.f : std::exp(most_[g] - new_most);
+    total_[g] = total_[g] * decay + sum(total);
+    most_[g] = new_most;
+    float* out = out_.data() + g * a_.head_dim;
+    for (int64_t i = 0; i < a_.head_dim; i += kLanes) store(out + i, load(out + i) * decay);
+  }
+
+  void accumulate(const T* values, int64_t count, int64_t place) {
+    for (int64_t g = 0; g < group_; ++g) {
+      add_weighted_rows(out_.data() + g * a_.head_dim, scores_.data() + g * kTileKeys + place,
+                        values, count, a_.head_dim);
+    }
+  }
+
+  void finish() {
+    for (int64_t g = 0; g < group_; ++g) {
+      const float* out = out_.data() + g * a_.head_dim;
+      if (task_->partial == nullptr) {
+        write_row(output_row<T>(a_, *task_, g), out, 1, a_.head_dim, total_[g]);
+        continue;
+      }
+      float* partial = task_->partial + g * (a_.head_dim + 2);
+      partial[0] = most_[g];
+      partial[1] = total_[g];
+      std::copy(out, out + a_.head_dim, partial + 2);
+    }
+  }
+
+  const PagedAttention& a_;
+  const int64_t group_;
+  const AttentionTask* task_ = nullptr;
+  std::vector<float> q_, scores_, out_, most_, total_;
+};
+
+// ---- many rows ----------------------------------------------------------------------------------
+
+template <typename T>
+class TileAttention {
+ public:
+  explicit TileAttention(const PagedAttention& args)
+      : a_(args), group_(args.num_heads / args.num_kv_heads) {}
+
+  void run(const AttentionTask& task) {
+    task_ = &task;
+    rows_ = task.tokens * group_;
+    width_ = (rows_ + kLanes - 1) / kLanes * kLanes;
+    load_queries();
+    for_each_run<T>(a_, task, task.first_key, task.last_key,
+                    [&](const T* keys, const T* values, int64_t position, int64_t count) {
+                      visit(keys, values, position, count);
+                    });
+    finish();
+  }
+
+ private:
+  // Everything is transposed: q_ and out_ are [head_dim, width], scores_ [block_size, width].
+  void load_queries() {
+    q_.assign(a_.head_dim * width_, 0.f);
+    out_.assign(a_.head_dim * width_, 0.f);
+    scores_.resize(a_.block_size * width_);
+    wide_.resize(a_.block_size * a_.head_dim);
+    most_.assign(width_, kMinusInfinity);
+    total_.assign(width_, 0.f);
+    positions_.assign(width_, -1.f);
+    slopes_.assign(width_, 0.f);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const T* q = query_row<T>(a_, *task_, r);
+      for (int64_t d = 0; d < a_.head_dim; ++d) q_[d * width_ + r] = to_float(q[d]) * a_.scale;
+      positions_[r] = static_cast<float>(task_->position + r / group_);
+      if (a_.alibi_slopes) slopes_[r] = a_.alibi_slopes[task_->kv_head * group_ + r % group_];
+    }
+  }
+
+  void visit(const T* keys, const T* values, int64_t position, int64_t count) {
+    const int64_t dim = a_.head_dim;
+    const float* k = widened(wide_.data(), keys, count * dim);
+    std::fill(scores_.begin(), scores_.begin() + count * width_, 0.f);
+    multiply_add(scores_.data(), k, dim, 1, q_.data(), count, dim, width_);
+    for (int64_t r = 0; r < width_; r += kLanes) soften(r, position, count);
+    const float* v = widened(wide_.data(), values, count * dim);
+    multiply_add(out_.data(), v, 1, dim, scores_.data(), dim, count, width_);
+  }
+
+  // The lanes [r, r + kLanes) of the scores of `count` keys become weights.
+  void soften(int64_t r, int64_t first, int64_t count) {
+    const Vec position = load(&positions_[r]), slope = load(&slopes_[r]), old = load(&most_[r]);
+    Vec most = old;
+    for (int64_t j = 0; j < count; ++j) {
+      Vec s = load(&scores_[j * width_ + r]);
+      if (a_.softcap > 0.f) s = a_.softcap * tanh(s * (1.f / a_.softcap));
+      const Vec distance = broadcast(static_cast<float>(first + j)) - position;
+      if (a_.alibi_slopes) s += slope * distance;
+      VecInt hidden = distance > 0.f;
+      if (a_.window > 0) hidden |= distance <= -static_cast<float>(a_.window);
+      s = select(hidden, broadcast(kMinusInfinity), s);
+      store(&scores_[j * width_ + r], s);
+      most = max(s, most);
+    }
+    const Vec shift = select(most == kMinusInfinity, Vec{}, most);
+    Vec total{};
+    for (int64_t j = 0; j < count; ++j) {
+      const Vec weight = exp(load(&scores_[j * width_ + r]) - shift);
+      total += weight;
+      store(&scores_[j * width_ + r], weight);
+    }
+    const Vec decay = exp(old - shift);
+    store(&total_[r], load(&total_[r]) * decay + total);
+    store(&most_[r], most);
+    for (int64_t d = 0; d < a_.head_dim; ++d) {
+      store(&out_[d * width_ + r], load(&out_[d * width_ + r]) * decay);
+    }
+  }
+
+  void finish() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (task_->partial == nullptr) {
+        write_row(output_row<T>(a_, *task_, r), &out_[r], width_, a_.head_dim, total_[r]);
+        continue;
+      }
+      float* partial = task_->partial + r * (a_.head_dim + 2);
+      partial[0] = most_[r];
+      partial[1] = total_[r];
+      for (int64_t d = 0; d < a_.head_dim; ++d) partial[2 + d] = out_[d * width_ + r];
+    }
+  }
+
+  const PagedAttention& a_;
+  const int64_t group_;
+  const AttentionTask* task_ = nullptr;
+  int64_t rows_ = 0, width_ = 0;  // width: rows rounded up to whole vectors
+  std::vector<float> q_, out_, scores_, wide_, most_, total_, positions_, slopes_;
+};
+
+}  // namespace he::cpu
