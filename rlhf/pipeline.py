@@ -65,9 +65,10 @@ class Pipeline:
         self.ppo()
         return self.finish()
 
-    def finish(self) -> RunReport:
+    def finish(self, name: str = "report") -> RunReport:
+        """Write and print the report on the steps that were run."""
         self.report.seconds = self._watch.seconds
-        write_report(self.report, self.folder, self._console)
+        write_report(self.report, self.folder, self._console, name=name)
         return self.report
 
     def sft(self) -> None:
@@ -95,6 +96,7 @@ class Pipeline:
             path = config.model_path or self._from_step("sft", "reward.model_path")
             tokenizer = load_tokenizer(path)
             model = load_scorer(path, tokenizer, dtype=self._dtype)
+            self.report.parameters = parameter_count(model)
             limit = config.data.max_length
             trainer = RewardTrainer(model, tokenizer, config, seed=self.config.seed)
             with Tracker(self.folder, "reward") as tracker:
@@ -124,6 +126,7 @@ class Pipeline:
                     "tokenizers; train the reward model from the same base model"
                 )
             actor = load_causal_lm(actor_path, tokenizer, dtype=self._dtype)
+            self.report.parameters = parameter_count(actor)
             critic = load_scorer(reward_path, tokenizer, dtype=self._dtype)
             reward = load_scorer(reward_path, tokenizer, dtype=self._dtype)
             engine = RLHFEngine(actor, critic, reward, tokenizer)

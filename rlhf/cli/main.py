@@ -73,7 +73,7 @@ def _dispatch(command: str, parser: ArgumentParser, arguments: Namespace) -> Non
     steps = {"run": pipeline.run, "sft": pipeline.sft, "reward": pipeline.reward}
     steps.get(command, pipeline.ppo)()
     if command != "run":
-        pipeline.finish()
+        pipeline.finish(command)
 
 
 def _run_config(options: Namespace) -> RunConfig:

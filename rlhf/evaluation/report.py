@@ -35,19 +35,22 @@ class RunReport:
     histories: dict[str, History] = field(default_factory=dict)  # step -> metrics
 
 
-def write_report(report: RunReport, folder: Path, console: Console) -> None:
-    """Write report.md, report.json and curves.png, and print the summary."""
+def write_report(
+    report: RunReport, folder: Path, console: Console, *, name: str = "report"
+) -> None:
+    """Write the report as <name>.md, .json and .png (the curves), and print the summary."""
     rows = summary_rows(report)
-    (folder / "report.md").write_text(_markdown(report, rows))
-    (folder / "report.json").write_text(json.dumps(_record(report), indent=2) + "\n")
-    plot_curves(report.histories, folder / "curves.png")
+    path = folder / f"{name}.md"
+    path.write_text(_markdown(report, rows, name))
+    path.with_suffix(".json").write_text(json.dumps(_record(report), indent=2) + "\n")
+    plot_curves(report.histories, path.with_suffix(".png"))
     table = Table(title="summary")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)
-    console.print(f"report: {folder / 'report.md'}", soft_wrap=True)
+    console.print(f"report: {path}", soft_wrap=True)
 
 
 def summary_rows(report: RunReport) -> list[tuple[str, str]]:
@@ -112,10 +115,10 @@ def plot_curves(histories: dict[str, History], path: Path) -> None:
     plt.close(figure)
 
 
-def _markdown(report: RunReport, rows: list[tuple[str, str]]) -> str:
+def _markdown(report: RunReport, rows: list[tuple[str, str]], name: str) -> str:
     lines = ["# Report", "", "| figure | value |", "|---|---:|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
-    lines += ["", f"Machine: {_machine()}.", "", "![curves](curves.png)"]
+    lines += ["", f"Machine: {_machine()}.", "", f"![curves]({name}.png)"]
     if report.samples:
         lines += ["", "## Held-out prompts, answered before and after PPO"]
     for prompt, before, after in report.samples:
