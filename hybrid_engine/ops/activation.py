@@ -20,7 +20,7 @@ def _fake_same(x: Tensor, *args: object) -> Tensor:
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     check.has_last_dimension("x", x)
-    check.floating("x", x)
+    check.first_operand("x", x)
     if x.shape[-1] % 2:
         raise ValueError(f"x: expected an even last dimension (gate and up), got {list(x.shape)}")
     gate, up = x.float().chunk(2, dim=-1)
@@ -58,7 +58,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool = False) -> Tensor:
         x: (..., I), fp32, bf16 or fp16; bias: (I,) of the same dtype, or None.
     """
     check.has_last_dimension("x", x)
-    check.floating("x", x)
+    check.first_operand("x", x)
     check.operand("bias", bias, x.shape[-1:], x.dtype, x)
     wide = x.float() if bias is None else x.float() + bias.float()
     return F.gelu(wide, approximate="tanh" if tanh else "none").to(x.dtype)
@@ -67,5 +67,5 @@ def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool = False) -> Tensor:
 @define_op("relu(Tensor x) -> Tensor", fake=_fake_same)
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), any shape, fp32, bf16 or fp16; NaN stays NaN."""
-    check.floating("x", x)
+    check.first_operand("x", x)
     return F.relu(x)

@@ -92,7 +92,7 @@ def prefill_attention(
     batch = seq_lens.numel()
     check.shape("k_cache", k_cache, (-1, -1, -1, -1))
     check.shape("q", q, (-1, -1, k_cache.shape[-1]))
-    check.floating("q", q)
+    check.first_operand("q", q)
     check.operand("k_cache", k_cache, k_cache.shape, q.dtype, q)
     check.operand("v_cache", v_cache, k_cache.shape, q.dtype, q)
     check.operand("seq_lens", seq_lens, (batch,), torch.int32, q)

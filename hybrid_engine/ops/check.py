@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
@@ -30,11 +30,15 @@ def contiguous(name: str, tensor: Tensor) -> None:
 
 
 def floating(name: str, tensor: Tensor) -> None:
-    """The contract of an op's first operand: a dtype that has kernels, contiguous memory."""
-    if tensor.dtype not in _FLOATING:
-        raise ValueError(
-            f"{name}: expected float32, bfloat16 or float16, got {_name(tensor.dtype)}"
-        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+
+
+def first_operand(name: str, tensor: Tensor) -> None:
+    """What kernels want of the operand that the others are like: their dtypes, contiguous."""
+    if tensor.dtype not in _KERNEL_DTYPES:
+        found = _name(tensor.dtype)
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {found}")
     contiguous(name, tensor)
 
 

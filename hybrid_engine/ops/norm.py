@@ -21,7 +21,7 @@ def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> None:
     check.has_last_dimension("x", x)
-    check.floating("x", x)
+    check.first_operand("x", x)
     check.operand("weight", weight, x.shape[-1:], x.dtype, x)
     check.operand("bias", bias, x.shape[-1:], x.dtype, x)
     check.operand("residual", residual, x.shape, x.dtype, x)

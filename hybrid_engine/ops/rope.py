@@ -72,7 +72,7 @@ def rope_and_store_kv(
     _, kv_heads, block_size, head_dim = k_cache.shape
     width = (num_heads + 2 * kv_heads) * head_dim
     check.shape("qkv", qkv, (-1, width))
-    check.floating("qkv", qkv)
+    check.first_operand("qkv", qkv)
     check.operand("bias", bias, (width,), qkv.dtype, qkv)
     check.operand("q_norm", q_norm, (head_dim,), qkv.dtype, qkv)
     check.operand("k_norm", k_norm, (head_dim,), qkv.dtype, qkv)

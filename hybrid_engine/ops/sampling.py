@@ -58,7 +58,7 @@ def sample(
         truncated_logprobs: (B,) fp32, under the distribution that was sampled from (greedy: 0).
     """
     check.shape("logits", logits, (-1, -1))
-    check.floating("logits", logits)
+    check.first_operand("logits", logits)
     rows, vocab = logits.shape
     for name, tensor, dtype in (
         ("temperature", temperature, torch.float32),
