@@ -140,17 +140,20 @@ def build(name: str, csrc: Path, units: list[Compilation], link: list[str]) -> P
 def _compile(directory: Path, library: Path, units: list[Compilation], link: list[str]) -> None:
     start = time.monotonic()
     _say(f"compiling {len(units)} kernel sources, once, into {directory}")
-    unfinished = directory / f"{library.name}.{os.getpid()}"
-    (directory / "build.ninja").write_text(_ninja_file(units, link, unfinished.name))
+    # A builder that was killed leaves its folder, and perhaps a compiler still at work in it.
+    for leftover in directory.glob("unfinished-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished = directory / f"unfinished-{os.getpid()}"
+    unfinished.mkdir()
+    (unfinished / "build.ninja").write_text(_ninja_file(units, link, library.name))
     log_path = directory / "build.log"
     with log_path.open("w") as log:
-        status = _run_ninja(directory, log)
+        status = _run_ninja(unfinished, log)
     if status != 0:
         lines = _first_error(log_path.read_text())
         raise BuildError(f"the kernels do not compile; whole log: {log_path}\n{lines}")
-    os.replace(unfinished, library)
-    for path in directory.glob("*.o"):
-        path.unlink()
+    os.replace(unfinished / library.name, library)
+    shutil.rmtree(unfinished)
     _say(f"built in {time.monotonic() - start:.1f} s")
 
 
