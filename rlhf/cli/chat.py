@@ -28,8 +28,14 @@ class Conversation:
     def say(self, text: str, params: SamplingParams) -> None:
         """Send a message and print the answer as it is sampled."""
         self._messages.append({"role": "user", "content": text})
-        room = self._positions - params.max_new_tokens
-        prompt = encode_prompt({"prompt": self._messages}, self._tokenizer, max(1, room))
+        room = max(1, self._positions - params.max_new_tokens)
+        prompt = encode_prompt({"prompt": self._messages}, self._tokenizer, max_length=room)
+        if prompt is None:
+            self._messages.pop()
+            raise ValueError(
+                f"the conversation is longer than {room} tokens, what the model's "
+                f"{self._positions} positions leave beside max_new_tokens={params.max_new_tokens}"
+            )
         tokens: list[int] = []
         printed = ""
         for token in self._engine.stream(prompt, params):

@@ -24,7 +24,9 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="rlhf", description="RLHF from one command.")
     commands = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, description in STEPS.items():
-        step = ArgumentParser(description=description)
+        step = ArgumentParser(
+            description=description, usage=f"rlhf {name} [--config FILE] [--FIELD VALUE ...]"
+        )
         step.add_argument("--config", action=ActionConfigFile, help="YAML file with these options")
         step.add_argument("--debug", action="store_true", help="Show a traceback on errors.")
         step.add_class_arguments(RunConfig)
@@ -82,7 +84,9 @@ def _run_config(options: Namespace) -> RunConfig:
 
 
 def _chat_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Talk to a model, streaming.")
+    parser = ArgumentParser(
+        description="Talk to a model, streaming.", usage="rlhf chat FOLDER [--FIELD VALUE ...]"
+    )
     parser.add_argument("folder", type=str, help="Folder of the model, such as OUTPUT_DIR/actor.")
     parser.add_argument("--prompt", type=str | None, help="Answer this and exit.")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="Longest answer.")
