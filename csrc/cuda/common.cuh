@@ -20,6 +20,8 @@
 #include <string>
 #include <type_traits>
 
+#include "kernels.h"
+
 namespace he::cuda {
 
 constexpr int kWarpSize = 32;
@@ -42,6 +44,19 @@ __device__ __forceinline__ T from_float(float value) {
   }
 }
 
+// Calls body with a value of the element type that `dtype` names.
+template <typename Body>
+void dispatch(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(__nv_bfloat16{});
+    case DType::kFloat16:
+      return body(__half{});
+  }
+}
+
 // What one thread moves with one 128-bit instruction.
 template <typename T>
 struct alignas(16) Pack {
@@ -53,7 +68,8 @@ struct alignas(16) Pack {
 };
 
 template <typename T>
-__device__ __forceinline__ Pack<T> load_pack(const T* source) {  // 16-byte aligned
+__device__ __forceinline__ Pack<T> load_pack(
+    const T* source) {  // [Pack<T>::kSize], 16-byte aligned
   // Through uint4, because a struct copy may be split into narrower loads.
   const uint4 bits = *reinterpret_cast<const uint4*>(source);
   Pack<T> pack;
@@ -62,7 +78,8 @@ __device__ __forceinline__ Pack<T> load_pack(const T* source) {  // 16-byte alig
 }
 
 template <typename T>
-__device__ __forceinline__ void store_pack(T* destination, const Pack<T>& pack) {  // as load_pack
+__device__ __forceinline__ void store_pack(T* destination,  // as load_pack
+                                           const Pack<T>& pack) {
   uint4 bits;
   memcpy(&bits, &pack, sizeof(bits));
   *reinterpret_cast<uint4*>(destination) = bits;

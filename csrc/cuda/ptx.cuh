@@ -2,7 +2,7 @@
 // This is the only file with inline PTX; the emulator has a C++ twin of each function.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 #ifdef HE_CUDA_EMULATOR
 #include "async_copy.h"

@@ -1,7 +1,7 @@
 // Reductions over a warp and over a block; every thread gets the result.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace he::cuda {
 

@@ -10,7 +10,7 @@ namespace he::emulator {
 namespace {
 
 // What ThreadSanitizer orders accesses by; only the addresses count.
-char start_event, end_event, barrier_events[2], warp_events[kWarpLanes];
+char start_event, end_event, barrier_events[2], warp_events[Block::kMaxWarps];
 
 }  // namespace
 
@@ -34,6 +34,7 @@ void Block::start(dim3 block_dim, const std::function<void()>& body) {
   size_ = live_ = static_cast<int>(block_dim.x * block_dim.y * block_dim.z);
   while (static_cast<int>(threads_.size()) < size_) threads_.push_back(std::make_unique<Thread>());
   barrier_ = {};
+  lanes_at_collectives_.fill(0);
   body_ = &body;
   error_.clear();
   publish(&start_event);
@@ -119,8 +120,7 @@ void Block::finish_barrier_if_complete() {
     Thread& thread = *threads_[i];
     if (thread.state != ThreadState::kAtBarrier) continue;
     if (first < 0) first = i;
-    const Wait &mine = thread.wait, &other = threads_[first]->wait;
-    if (mine.site.line != other.site.line || std::strcmp(mine.site.file, other.site.file) != 0) {
+    if (!(thread.wait.site == threads_[first]->wait.site)) {
       error_ = "divergent barrier: " + describe(first) + "; " + describe(i);
       return;
     }
@@ -143,6 +143,7 @@ const Exchange& Block::exchange(const Wait& wait, const Deposit& mine) {
     fail_at_wait("the mask names lanes that the block does not have");
   }
   me.deposit = mine;
+  lanes_at_collectives_[warp] |= 1u << lane();
   publish(&warp_events[warp]);
   if (all_arrived(warp, wait)) finish_collective(warp, wait.mask);
   me.fiber.suspend();
@@ -152,11 +153,11 @@ const Exchange& Block::exchange(const Wait& wait, const Deposit& mine) {
 
 // A lane that waits at another collective may still be on its way to this one.
 bool Block::all_arrived(int warp, const Wait& wait) const {
+  if ((lanes_at_collectives_[warp] & wait.mask) != wait.mask) return false;
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     if (!(wait.mask >> lane & 1)) continue;
-    const Thread& thread = *threads_[warp * kWarpLanes + lane];
-    if (thread.state != ThreadState::kAtCollective || thread.wait.mask != wait.mask ||
-        std::strcmp(thread.wait.operation, wait.operation) != 0) {
+    const Wait& theirs = threads_[warp * kWarpLanes + lane]->wait;
+    if (theirs.mask != wait.mask || std::strcmp(theirs.operation, wait.operation) != 0) {
       return false;
     }
   }
@@ -166,6 +167,7 @@ bool Block::all_arrived(int warp, const Wait& wait) const {
 void Block::finish_collective(int warp, unsigned mask) {
   auto exchange = std::make_shared<Exchange>();
   exchange->mask = mask;
+  lanes_at_collectives_[warp] &= ~mask;
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
     Thread& thread = *threads_[warp * kWarpLanes + lane];
@@ -206,7 +208,7 @@ std::string Block::deadlock() const {
     if (i > 0) {
       const Thread& before = *threads_[i - 1];
       if (it.state == before.state && it.wait.mask == before.wait.mask &&
-          it.wait.site.line == before.wait.site.line) {
+          it.wait.site == before.wait.site) {
         continue;
       }
     }

@@ -3,6 +3,7 @@
 
 #include <vector_types.h>
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -36,6 +37,8 @@ struct Thread {
 
 class Block {
  public:
+  static constexpr int kMaxWarps = 32;
+
   // The block that runs, one at a time in a process.
   static Block& current();
 
@@ -80,6 +83,7 @@ class Block {
   int live_ = 0;                                  // of those, not returned
   int running_ = -1;
   Barrier barrier_;
+  std::array<unsigned, kMaxWarps> lanes_at_collectives_{};  // one mask a warp
   const std::function<void()>* body_ = nullptr;
   std::string error_;
 };

@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 
 from hybrid_engine.ops.build import (
+    BuildError,
     cache_directory,
-    find_compiler,
     torch_compile_flags,
     torch_link_flags,
 )
@@ -50,6 +50,8 @@ FLAGS = [
 ]
 # Reported by runtime_checks.cpp, so nothing of libubsan is linked.
 KERNEL_FLAGS = ["-x", "c++", "-fsanitize=alignment,bounds"]
+
+_ERROR_LINES = 20
 
 ORDERS = ("forward", "reverse", "random", "greedy")
 ASYNC_POLICIES = ("late", "eager")
@@ -91,11 +93,13 @@ def build_emulated(sources: Sequence[Path], extra_flags: Sequence[str] = ()) -> 
     """Return a shared library of kernels (`.cu`) and op bindings (`.cpp`), building it if needed.
 
     With a `.cpp` among the sources the library links torch: load it by `torch.ops.load_library`.
-    Raises subprocess.CalledProcessError, after printing the first errors, if one does not compile.
+    Raises BuildError with the first lines of the compiler's complaint.
     """
     objects = _compile_all(sources, extra_flags)
     bindings = any(source.suffix == ".cpp" for source in sources)
-    return _link(objects, ["-shared", *extra_flags, *(torch_link_flags() if bindings else [])])
+    # -z defs: a function of the CUDA runtime that grid.cpp lacks is an error here, with its name.
+    flags = ["-shared", "-Wl,-z,defs", *extra_flags]
+    return _link(objects, [*flags, *(torch_link_flags() if bindings else [])])
 
 
 def build_program(sources: Sequence[Path], extra_flags: Sequence[str] = ()) -> Path:
@@ -120,7 +124,7 @@ def why_unavailable() -> str | None:
     """Why this machine cannot emulate, as the reason for a skip; None if it can."""
     if platform.machine() != "x86_64":
         return "the emulator switches stacks in x86-64 assembly"
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))):
+    if shutil.which("g++") is None:
         return "the emulator needs g++"
     if cuda_include_directory() is None:
         return (
@@ -154,7 +158,7 @@ def _compile_all(sources: Sequence[Path], extra_flags: Sequence[str]) -> list[Pa
 def _compile(source: Path, flags: list[str]) -> Path:
     cuda = cuda_include_directory()
     includes = [str(path) for path in (cuda, cuda and cuda / "cccl") if path and path.exists()]
-    command = [find_compiler(), *flags, *(f"-isystem{path}" for path in includes)]
+    command = ["g++", *flags, *(f"-isystem{path}" for path in includes)]
     key = _hash(_headers(), source.read_bytes(), repr(command).encode(), _compiler_version())
     return _make(f"{source.stem}-{key}.o", [*command, "-c", str(source)])
 
@@ -162,7 +166,7 @@ def _compile(source: Path, flags: list[str]) -> Path:
 def _link(objects: list[Path], flags: list[str]) -> Path:
     key = _hash(repr([path.name for path in objects]).encode(), repr(flags).encode())
     name = f"{objects[-1].stem.rpartition('-')[0]}-{key}" + (".so" if "-shared" in flags else "")
-    return _make(name, [find_compiler(), *map(str, objects), *flags])
+    return _make(name, ["g++", *map(str, objects), *flags])
 
 
 def _make(name: str, command: list[str]) -> Path:
@@ -174,8 +178,8 @@ def _make(name: str, command: list[str]) -> Path:
     unfinished = target.with_name(f".{os.getpid()}-{name}")
     done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
     if done.returncode != 0:
-        print("\n".join(done.stderr.splitlines()[:20]))
-        done.check_returncode()
+        lines = done.stderr.splitlines()[:_ERROR_LINES]
+        raise BuildError(f"cannot build {name}:\n" + "\n".join(lines))
     os.replace(unfinished, target)
     return target
 
@@ -195,4 +199,4 @@ def _headers() -> bytes:
 
 @cache
 def _compiler_version() -> bytes:
-    return subprocess.run([find_compiler(), "--version"], capture_output=True, check=True).stdout
+    return subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout

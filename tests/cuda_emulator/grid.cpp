@@ -114,6 +114,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     return he::emulator::error(cudaErrorInvalidValue,
                                std::to_string(value) + " bytes of dynamic shared memory");
   }
+  const std::lock_guard<std::mutex> lock(he::emulator::launch_mutex);
   he::emulator::granted_shared_bytes[kernel] = value;
   return cudaSuccess;
 }

@@ -32,8 +32,9 @@ inline void __syncwarp(unsigned mask = 0xffffffffu,
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// ---- shuffles: a source outside the segment of `width` lanes gives the lane its own value
-// --------
+// ---- shuffles -----------------------------------------------------------------------------------
+
+// A source outside the segment of `width` lanes gives the lane its own value.
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = warpSize,
@@ -126,9 +127,9 @@ HE_EMULATED_REDUCTION(__reduce_max_sync, unsigned, 0, a > b ? a : b)
 HE_EMULATED_REDUCTION(__reduce_add_sync, int, 0, static_cast<int>(unsigned(a) + unsigned(b)))
 HE_EMULATED_REDUCTION(__reduce_min_sync, int, INT32_MAX, a < b ? a : b)
 HE_EMULATED_REDUCTION(__reduce_max_sync, int, INT32_MIN, a > b ? a : b)
-HE_EMULATED_REDUCTION(__reduce_and_sync, unsigned, ~0u, a& b)
-HE_EMULATED_REDUCTION(__reduce_or_sync, unsigned, 0, a | b)
-HE_EMULATED_REDUCTION(__reduce_xor_sync, unsigned, 0, a ^ b)
+HE_EMULATED_REDUCTION(__reduce_and_sync, unsigned, ~0u, (a & b))
+HE_EMULATED_REDUCTION(__reduce_or_sync, unsigned, 0, (a | b))
+HE_EMULATED_REDUCTION(__reduce_xor_sync, unsigned, 0, (a ^ b))
 #undef HE_EMULATED_REDUCTION
 
 // ---- atomics: each returns the value before -----------------------------------------------------
@@ -167,9 +168,11 @@ HE_EMULATED_ATOMIC(atomicAdd, old + value)
 HE_EMULATED_ATOMIC(atomicSub, old - value)
 HE_EMULATED_ATOMIC(atomicMin, old < value ? old : value)
 HE_EMULATED_ATOMIC(atomicMax, old > value ? old : value)
-HE_EMULATED_ATOMIC(atomicAnd, old& value)
-HE_EMULATED_ATOMIC(atomicOr, old | value)
-HE_EMULATED_ATOMIC(atomicXor, old ^ value)
+HE_EMULATED_ATOMIC(atomicAnd, (old & value))
+HE_EMULATED_ATOMIC(atomicOr, (old | value))
+HE_EMULATED_ATOMIC(atomicXor, (old ^ value))
+HE_EMULATED_ATOMIC(atomicInc, old >= value ? 0 : old + 1)
+HE_EMULATED_ATOMIC(atomicDec, old == 0 || old > value ? value : old - 1)
 HE_EMULATED_ATOMIC(atomicExch, (static_cast<void>(old), value))
 #undef HE_EMULATED_ATOMIC
 

@@ -29,9 +29,7 @@ __global__ void ldmatrix_kernel(uint32_t* out,         // [12, 32]: x4, x4 trans
 
 namespace {
 
-constexpr int kCollectives = 16;
-
-__global__ void collectives_kernel(int* out) {  // [kCollectives, 32]
+__global__ void collectives_kernel(int* out) {  // [20, 32]
   const int lane = threadIdx.x;
   int row = 0;
   const auto write = [&](int value) { out[row++ * kWarpSize + lane] = value; };
@@ -49,19 +47,61 @@ __global__ void collectives_kernel(int* out) {  // [kCollectives, 32]
   write(static_cast<int>(__reduce_add_sync(kFullMask, static_cast<unsigned>(lane))));
   write(__reduce_min_sync(kFullMask, 7 - lane));
   write(__reduce_max_sync(kFullMask, 7 - lane));
+  write(static_cast<int>(__reduce_and_sync(kFullMask, lane | 6u)));
+  write(static_cast<int>(__reduce_or_sync(kFullMask, lane & 6u)));
+  write(static_cast<int>(__reduce_xor_sync(kFullMask, 1u << lane)));
+  write(static_cast<int>(__match_any_sync(kFullMask, lane % 16)));
   const float third = __shfl_sync(kFullMask, lane + 0.5f, 3);
   write(static_cast<int>(third * 2.f));
   const __nv_bfloat16 fourth = __shfl_sync(kFullMask, __float2bfloat16(float(lane)), 4);
   write(static_cast<int>(__bfloat162float(fourth)));
 }
 
-// Half of the warp makes one exchange more than the other, then all meet.
-__global__ void partial_masks_kernel(int* out) {  // [2, 32]
+// Half of the warp makes one exchange more than the other, then all meet; and lane 1 is in the mask
+// of lane 0, which may wait for it, when it still has to meet lane 2.
+__global__ void partial_masks_kernel(int* out) {  // [3, 32]
   const int lane = threadIdx.x;
   int value = lane;
   if (lane < 16) value = __shfl_xor_sync(0x0000ffffu, value, 1);
   out[lane] = value;
   out[kWarpSize + lane] = __shfl_xor_sync(kFullMask, lane, 16);
+  value = lane;
+  if (lane == 1 || lane == 2) value = __shfl_sync(0b110u, value, 2);
+  if (lane == 0 || lane == 1) value = __shfl_sync(0b011u, value, 1);
+  out[2 * kWarpSize + lane] = value;
+}
+
+// What one thread gets from the functions on bits of x and y.
+__global__ void bits_kernel(long long* out,  // [13]
+                            int x, int y) {
+  const long long wide = static_cast<long long>(x) << 32 | y;
+  int i = 0;
+  out[i++] = __popc(x);
+  out[i++] = __popcll(wide);
+  out[i++] = __clz(x);
+  out[i++] = __clzll(y);
+  out[i++] = __ffs(x);
+  out[i++] = __ffsll(wide);
+  out[i++] = __umulhi(x, y);
+  out[i++] = __umul64hi(wide, wide);
+  out[i++] = __float_as_int(__int_as_float(x));
+  out[i++] = __float_as_uint(__uint_as_float(y));
+  out[i++] = __double_as_longlong(__longlong_as_double(wide));
+  out[i++] = min(x, y);
+  out[i++] = max(x, y);
+}
+
+// What each atomic leaves of 12 when it is given 10; a compare-and-swap expects 12.
+__global__ void atomic_kinds_kernel(unsigned* out) {  // [8]
+  for (int i = 0; i < 8; ++i) out[i] = 12;
+  atomicSub(&out[0], 10u);
+  atomicExch(&out[1], 10u);
+  atomicAnd(&out[2], 10u);
+  atomicOr(&out[3], 10u);
+  atomicXor(&out[4], 10u);
+  atomicInc(&out[5], 10u);
+  atomicDec(&out[6], 10u);
+  atomicCAS(&out[7], 12u, 10u);
 }
 
 // The order in which the threads of the grid had their first turn.
@@ -173,14 +213,17 @@ extern "C" {
 
 using namespace he::cuda;
 
-HE_EXPORT void collectives(int* out) {
-  static_assert(kCollectives == 16);
-  launch(collectives_kernel, 1, kWarpSize, 0, nullptr, out);
-}
+HE_EXPORT void collectives(int* out) { launch(collectives_kernel, 1, kWarpSize, 0, nullptr, out); }
 
 HE_EXPORT void partial_masks(int* out) {
   launch(partial_masks_kernel, 1, kWarpSize, 0, nullptr, out);
 }
+
+HE_EXPORT void bits(long long* out, int x, int y) {
+  launch(bits_kernel, 1, 1, 0, nullptr, out, x, y);
+}
+
+HE_EXPORT void atomic_kinds(unsigned* out) { launch(atomic_kinds_kernel, 1, 1, 0, nullptr, out); }
 
 HE_EXPORT void tickets(int* out, int* counter, int blocks, int threads) {
   launch(tickets_kernel, blocks, threads, 0, nullptr, out, counter);
@@ -198,26 +241,23 @@ HE_EXPORT void reduce(float* sums, float* maxima, const float* in, int rows, int
   launch(reduce_kernel, rows, threads, 0, nullptr, sums, maxima, in, dim);
 }
 
-// dtype: 0 float, 1 bfloat16, 2 half
-HE_EXPORT void double_values(void* out, const void* in, int n, int dtype) {
-  if (dtype == 0) run_double<float>(out, in, n);
-  if (dtype == 1) run_double<__nv_bfloat16>(out, in, n);
-  if (dtype == 2) run_double<__half>(out, in, n);
+HE_EXPORT void double_values(void* out, const void* in, int n, he::DType dtype) {
+  dispatch(dtype, [&](auto t) { run_double<decltype(t)>(out, in, n); });
 }
 
 HE_EXPORT void ldmatrix(uint32_t* out, const uint16_t* in) {
   launch(ldmatrix_kernel, 1, kWarpSize, 256 * sizeof(uint16_t), nullptr, out, in);
 }
 
-HE_EXPORT void mma(float* c, const void* a, const void* b, int dtype) {
-  if (dtype == 1) run_mma<__nv_bfloat16>(c, a, b);
-  if (dtype == 2) run_mma<__half>(c, a, b);
+HE_EXPORT void mma(float* c, const void* a, const void* b, he::DType dtype) {
+  if (dtype == he::DType::kBFloat16) run_mma<__nv_bfloat16>(c, a, b);
+  if (dtype == he::DType::kFloat16) run_mma<__half>(c, a, b);
 }
 
 HE_EXPORT void fused_multiply_add(void* out, const void* x, const void* y, const void* z, int pairs,
-                                  int dtype) {
-  if (dtype == 1) run_fma<__nv_bfloat162>(out, x, y, z, pairs);
-  if (dtype == 2) run_fma<__half2>(out, x, y, z, pairs);
+                                  he::DType dtype) {
+  if (dtype == he::DType::kBFloat16) run_fma<__nv_bfloat162>(out, x, y, z, pairs);
+  if (dtype == he::DType::kFloat16) run_fma<__half2>(out, x, y, z, pairs);
 }
 
 }  // extern "C"
