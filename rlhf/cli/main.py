@@ -68,7 +68,7 @@ def _dispatch(command: str, parser: ArgumentParser, arguments: Namespace) -> Non
             seed=options.seed,
         )
         return
-    config = _run_config(parser.instantiate_classes(arguments)[command])
+    config = _run_config(parser.instantiate(arguments)[command])
     from rlhf.pipeline import Pipeline
 
     pipeline = Pipeline(config)
