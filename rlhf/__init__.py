@@ -10,7 +10,7 @@ __all__ = ["PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer"]
 
 
 def __getattr__(name: str) -> Any:
-    """The trainers bring torch and transformers with them, which `rlhf --help` need not wait for."""
+    """The trainers bring torch and transformers with them, and `rlhf --help` need not wait."""
     if name in _TRAINERS:
         from rlhf import trainers
 

@@ -201,7 +201,7 @@ class EvaluationConfig:
     prompts: int = 256
     """Held-out prompts to answer, before and after PPO."""
     metric: str | None = None
-    """module:function with the signature of a reward function: the true quality, if there is one."""
+    """module:function like a reward function: the true quality, where there is one."""
     samples: int = 5
     """Dialogues shown before and after."""
     compare_hf_generate: bool = True

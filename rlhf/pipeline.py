@@ -230,4 +230,3 @@ class Pipeline:
     def _seed(self) -> None:
         torch.manual_seed(self.config.seed)
         random.seed(self.config.seed)
-

@@ -42,8 +42,8 @@ class Rollout:
     """The responses to B prompts, right-padded to the longest, T."""
 
     tokens: Tensor  # (B, T) int64; pad_token_id after the end
-    logprobs: Tensor  # (B, T) fp32, under the whole distribution at the temperature; 0 after the end
-    truncated_logprobs: Tensor  # (B, T) fp32, under the distribution sampled from; 0 after the end
+    logprobs: Tensor  # (B, T) fp32, of the whole distribution at the temperature; 0 after
+    truncated_logprobs: Tensor  # (B, T) fp32, of the distribution sampled from; 0 after
     lengths: Tensor  # (B,) int64, the stop token included
     finish_reasons: list[FinishReason] = field(default_factory=list)  # B of them
 

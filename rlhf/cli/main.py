@@ -1,4 +1,4 @@
-"""`rlhf run|sft|reward|ppo|chat`: parse, run, and turn user errors into one line and exit code 2."""
+"""The `rlhf` command: parse, run, and turn user errors into one line and exit code 2."""
 
 from __future__ import annotations
 

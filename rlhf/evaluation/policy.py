@@ -76,7 +76,9 @@ def evaluate_policy(
         input_ids, lengths = collate_right(sequences, pad_id)
         prompt_lengths = torch.tensor([len(p) for p in prompt_ids[rows]])
         scores.append(sequence_scores(reward, input_ids, lengths))
-        kl.append(_kl(reference, input_ids, prompt_lengths, rollout.lengths[rows], rollout.logprobs[rows]))
+        kl.append(
+            _kl(reference, input_ids, prompt_lengths, rollout.lengths[rows], rollout.logprobs[rows])
+        )
     completions = [decode_completion(response, tokenizer) for response in responses]
     return PolicyEvaluation(
         score=float(torch.cat(scores).mean()),

@@ -46,14 +46,12 @@ def build_causal_lm(
         config = AutoConfig.for_model(model_type, **options)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"model.init does not describe a causal language model: {error}") from error
+        raise ValueError(f"model.init describes no causal language model: {error}") from error
     find_family(model)
     return _with_special_tokens(model, tokenizer)
 
 
-def load_scorer(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype
-) -> nn.Module:
+def load_scorer(path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype) -> nn.Module:
     """A sequence classification model with one label: reward model or critic.
 
     From a causal language model's folder the body is taken and the score head is new. Raises

@@ -64,9 +64,7 @@ class PPOTrainer:
         self.config = config
         self.metrics: dict[str, float] = {}  # of the last iteration
         self.iteration = 0  # finished iterations
-        self.kl = KLController(
-            config.kl_coef, target=config.kl_target, horizon=config.kl_horizon
-        )
+        self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         self._seed = seed
         self._order = torch.Generator().manual_seed(seed)
         steps = config.iterations * config.epochs * config.mini_batches

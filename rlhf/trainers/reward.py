@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -87,7 +86,9 @@ class RewardTrainer:
         scores = []
         with torch.no_grad():
             for start in range(0, len(sequences), self._config.micro_batch_size):
-                scores.append(self._scores(sequences[start : start + self._config.micro_batch_size]))
+                scores.append(
+                    self._scores(sequences[start : start + self._config.micro_batch_size])
+                )
             found = torch.cat(scores)
             mean, std = float(found.mean()), max(float(found.std()), 1e-6)
             self._model.score.weight.div_(std)  # type: ignore[union-attr, operator]
@@ -95,9 +96,7 @@ class RewardTrainer:
         config.score_mean = (mean + getattr(config, "score_mean", 0.0)) / std  # type: ignore[union-attr]
         return {"score_mean": mean, "score_std": std}
 
-    def _train_batch(
-        self, engine: SingleProcessEngine, batch: Columns
-    ) -> tuple[float, float]:
+    def _train_batch(self, engine: SingleProcessEngine, batch: Columns) -> tuple[float, float]:
         count = len(batch["chosen_ids"])
         total, right = 0.0, 0.0
         for pairs in micro_batches(batch, self._config.micro_batch_size):

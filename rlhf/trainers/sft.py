@@ -79,6 +79,4 @@ class SFTTrainer:
         device = next(self._model.parameters()).device
         input_ids, _ = collate_right(batch["input_ids"], self._pad_id)
         loss_mask, _ = collate_right(batch["loss_mask"], 0)
-        return completion_logprobs(
-            self._model, input_ids.to(device), loss_mask.bool().to(device)
-        )
+        return completion_logprobs(self._model, input_ids.to(device), loss_mask.bool().to(device))

@@ -22,9 +22,7 @@ class UpdateStatistics:
         self._stepped = False
         self._last: dict[str, float] = {}
 
-    def add_policy(
-        self, result: PolicyLoss, entropy: Tensor, gap: Tensor, mask: Tensor
-    ) -> None:
+    def add_policy(self, result: PolicyLoss, entropy: Tensor, gap: Tensor, mask: Tensor) -> None:
         """One micro-batch: the loss's sums, summed entropy, and |new - old| log-probs (B, T)."""
         tokens = int(mask.sum())
         self._tokens += tokens
