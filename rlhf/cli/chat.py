@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from hybrid_engine import HybridEngine, SamplingParams
-from rlhf.data import encode_prompt, load_tokenizer
+from rlhf.data import decode_completion, encode_prompt, load_tokenizer
 from rlhf.models import load_causal_lm
 
 REPLACEMENT = "\ufffd"  # what half of a multi-byte character decodes to
@@ -40,7 +40,7 @@ class Conversation:
         printed = ""
         for token in self._engine.stream(prompt, params):
             tokens.append(token)
-            answer = self._tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+            answer = decode_completion(tokens, self._tokenizer).lstrip()
             if not answer.endswith(REPLACEMENT):
                 print(answer[len(printed) :], end="", flush=True)
                 printed = answer

@@ -46,7 +46,7 @@ class SingleProcessEngine:
     def step(self) -> StepInfo:
         """Clip, update, clear the gradients, advance the schedule."""
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm)
-        learning_rate = self._schedule.get_last_lr()[0]
+        learning_rate = float(self._schedule.get_last_lr()[0])
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()

@@ -68,7 +68,7 @@ def evaluate_policy(
     rollout = engine.generate(prompt_ids, params)
     engine.release()
     responses = [rollout.response(i) for i in range(len(prompt_ids))]
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad_id = int(tokenizer.pad_token_id)
     scores, kl = [], []
     for start in range(0, len(prompt_ids), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
@@ -76,9 +76,8 @@ def evaluate_policy(
         input_ids, lengths = collate_right(sequences, pad_id)
         prompt_lengths = torch.tensor([len(p) for p in prompt_ids[rows]])
         scores.append(sequence_scores(reward, input_ids, lengths))
-        kl.append(
-            _kl(reference, input_ids, prompt_lengths, rollout.lengths[rows], rollout.logprobs[rows])
-        )
+        part = (rollout.lengths[rows], rollout.logprobs[rows])
+        kl.append(_kl(reference, input_ids, prompt_lengths, *part))
     completions = [decode_completion(response, tokenizer) for response in responses]
     return PolicyEvaluation(
         score=float(torch.cat(scores).mean()),

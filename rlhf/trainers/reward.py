@@ -29,7 +29,7 @@ class RewardTrainer:
         seed: int = 0,
     ) -> None:
         self._model = model
-        self._pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
+        self._pad_id: int = tokenizer.pad_token_id
         self._config = config
         self._seed = seed
 
@@ -85,10 +85,8 @@ class RewardTrainer:
         self._model.eval()
         scores = []
         with torch.no_grad():
-            for start in range(0, len(sequences), self._config.micro_batch_size):
-                scores.append(
-                    self._scores(sequences[start : start + self._config.micro_batch_size])
-                )
+            for batch in micro_batches({"ids": sequences}, self._config.micro_batch_size):
+                scores.append(self._scores(batch["ids"]))
             found = torch.cat(scores)
             mean, std = float(found.mean()), max(float(found.std()), 1e-6)
             self._model.score.weight.div_(std)  # type: ignore[union-attr, operator]

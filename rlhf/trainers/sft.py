@@ -30,7 +30,7 @@ class SFTTrainer:
         seed: int = 0,
     ) -> None:
         self._model = model
-        self._pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
+        self._pad_id: int = tokenizer.pad_token_id
         self._config = config
         self._seed = seed
 
