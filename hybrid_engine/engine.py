@@ -77,6 +77,7 @@ class HybridEngine:
         """The response to one prompt, token by token as they are sampled."""
         with contextlib.nullcontext() if self._in_rollout else self.rollout():
             loop = self._start([prompt], params or SamplingParams())
+            self._cache = None  # this loop's alone: other calls may come between two tokens
             sent = 0
             while not loop.done:
                 loop.step()
@@ -171,4 +172,3 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     if value is None:
         return []
     return [value] if isinstance(value, int) else list(value)
-

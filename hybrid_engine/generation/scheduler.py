@@ -78,7 +78,7 @@ class Scheduler:
         return block
 
     def preempt_last(self, response: list[int]) -> None:
-        """Send the row admitted last back to the front of the queue, to be recomputed."""
+        """Send the last row back to the front of the queue, to be recomputed."""
         sequence = self._remove(len(self.running) - 1)
         sequence.response = response
         self.waiting.appendleft(sequence)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,10 @@ class FusedLinear:
     """Linear layers with one input as one matrix product."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        for module in modules:
-            if type(module) is not nn.Linear:
-                raise ValueError(
-                    f"the hybrid engine reads plain nn.Linear layers, found {type(module).__name__}"
-                )
-        self._weight = FusedParameters([module.weight for module in modules])  # type: ignore[misc]
-        biases = [module.bias for module in modules if module.bias is not None]
-        self._bias = FusedParameters(biases) if biases else None  # type: ignore[arg-type]
+        modules = [_plain(module, nn.Linear) for module in modules]
+        self._weight = FusedParameters(modules, "weight")
+        biased = [module for module in modules if module.bias is not None]
+        self._bias = FusedParameters(biased, "bias") if biased else None
 
     def refresh(self) -> None:
         self._weight.refresh()
@@ -68,7 +65,7 @@ class Norm:
     """A norm module through the fused ops, alone or after adding to the residual in place."""
 
     def __init__(self, module: nn.Module, kind: str) -> None:
-        self._module = module
+        self._module: Any = module
         self._is_rms = kind == "rms"
         self._eps = float(getattr(module, "variance_epsilon" if self._is_rms else "eps"))
 
@@ -90,34 +87,29 @@ class DecoderLayer:
         find = layer.get_submodule
         self.attention_norm = Norm(find(family.attention_norm), family.norm)
         self.qkv = FusedLinear([find(path) for path in family.qkv])
-        self.attention_output = find(family.attention_output)
+        self.attention_output = _plain(find(family.attention_output), nn.Linear)
         self.mlp_norm = Norm(find(family.mlp_norm), family.norm)
         self.mlp_up = FusedLinear([find(path) for path in family.mlp_up])
-        self.mlp_down = find(family.mlp_down)
+        self.mlp_down = _plain(find(family.mlp_down), nn.Linear)
 
 
 class Decoder:
     """Runs an HF causal language model of a known family without its own forward."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
-        config = model.config  # type: ignore[union-attr]
-        find = model.get_submodule
+        config: Any = model.config
         self.num_heads: int = config.num_attention_heads
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
         self.head_dim: int = (
             getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         )
         self.max_positions: int = config.max_position_embeddings
+        self._model: Any = model
         self._family = family
         self._scale = self.head_dim**-0.5
-        self._embedding = find(family.embedding)
-        self._head = model.get_output_embeddings()  # type: ignore[operator]
-        self._final_norm = Norm(find(family.final_norm), family.norm)
-        self._layers = [DecoderLayer(layer, family) for layer in find(family.layers)]  # type: ignore[arg-type]
         self._activation = _activation(getattr(config, family.activation), len(family.mlp_up) == 2)
-        self._rotary = find(family.rotary) if family.rotary else None
-        self._learned = find(family.position_embedding) if family.position_embedding else None
         self._cos_sin: Tensor | None = None
+        self._resolve()
 
     @property
     def num_layers(self) -> int:
@@ -129,14 +121,16 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._embedding.weight.dtype  # type: ignore[return-value]
+        return self._embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._embedding.weight.device  # type: ignore[return-value]
+        return self._embedding.weight.device
 
     def refresh(self) -> None:
-        """See the parameters as they are now. Call before a rollout."""
+        """See the modules and parameters as they are now. Call before a rollout."""
+        if list(self._model.modules()) != self._modules:  # an adapter, a resized embedding
+            self._resolve()
         for layer in self._layers:
             layer.qkv.refresh()
             layer.mlp_up.refresh()
@@ -166,11 +160,22 @@ class Decoder:
         """(N, D) -> (N, V)."""
         return _linear(self._head, hidden)
 
+    def _resolve(self) -> None:
+        """Find the parts of the model."""
+        family, find = self._family, self._model.get_submodule
+        self._embedding = _plain(find(family.embedding), nn.Embedding)
+        self._head = _plain(self._model.get_output_embeddings(), nn.Linear)
+        self._final_norm = Norm(find(family.final_norm), family.norm)
+        self._layers = [DecoderLayer(layer, family) for layer in find(family.layers)]
+        self._rotary = find(family.rotary) if family.rotary else None
+        self._learned = find(family.position_embedding) if family.position_embedding else None
+        self._modules = list(self._model.modules())
+
     def _embed(self, batch: DecoderBatch) -> Tensor:
-        x = F.embedding(batch.tokens, self._embedding.weight)  # type: ignore[arg-type]
+        x = F.embedding(batch.tokens, self._embedding.weight)
         if self._learned is not None:
             rows = batch.positions + self._family.position_offset
-            x = x + F.embedding(rows, self._learned.weight)  # type: ignore[arg-type]
+            x = x + F.embedding(rows, self._learned.weight)
         return x
 
     def _attend(
@@ -200,6 +205,16 @@ class Decoder:
         cos, sin = self._rotary(like, positions)  # (1, P, R), each half repeated
         half = cos.shape[-1] // 2
         return torch.cat((cos[0, :, :half], sin[0, :, :half]), -1).contiguous()
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> Any:
+    """The module, if its forward does nothing but use its parameters: no adapter, no quantiser."""
+    if type(module) is not kind:
+        raise ValueError(
+            f"the hybrid engine reads plain nn.{kind.__name__} layers, found "
+            f"{type(module).__name__}"
+        )
+    return module
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:

@@ -34,11 +34,21 @@ class Family:
     unsupported: Callable[[Any], str | None] = lambda config: None  # why a config is not served
 
 
+def _unsupported_llama(config: Any) -> str | None:
+    if (config.rope_parameters or {}).get("rope_type") == "longrope":
+        return "its rotary frequencies change with the sequence's length (longrope)"
+    return None
+
+
 def _unsupported_opt(config: Any) -> str | None:
     if not config.do_layer_norm_before:
         return "it normalises after the residual addition (do_layer_norm_before=False)"
     if config.word_embed_proj_dim != config.hidden_size:
         return "its embedding is narrower than its layers (word_embed_proj_dim)"
+    if config._remove_final_layer_norm:
+        return "it has no norm after its last layer (_remove_final_layer_norm)"
+    if not config.layer_norm_elementwise_affine:
+        return "its norms have no weights (layer_norm_elementwise_affine=False)"
     return None
 
 
@@ -56,6 +66,7 @@ LLAMA = Family(
     norm="rms",
     activation="hidden_act",
     rotary="model.rotary_emb",
+    unsupported=_unsupported_llama,
 )
 
 OPT = Family(
@@ -94,4 +105,9 @@ def find_family(model: nn.Module) -> Family:
         )
     if reason := family.unsupported(config):
         raise ValueError(f"the hybrid engine does not serve this {model_type} model: {reason}")
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise ValueError(
+            f"the hybrid engine generates with a causal language model; {type(model).__name__} "
+            "has no language-model head"
+        )
     return family

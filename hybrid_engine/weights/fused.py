@@ -10,12 +10,13 @@ class FusedParameters:
     """Parameters that become views of one buffer, row after row: Q, K, V, or gate and up.
 
     The model keeps training its own parameters; the decoder reads the buffer. Nothing is copied at
-    the flip, because they are the same memory. Whoever replaces a parameter's storage (`.to()`,
-    `load_state_dict(assign=True)`) breaks that; `refresh` notices and fuses anew.
+    the flip, because they are the same memory. Whoever replaces a parameter or its storage
+    (`load_state_dict(assign=True)`, `.to()`) breaks that; `refresh` notices and fuses anew.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, modules: list[nn.Module], name: str) -> None:
+        self._modules = modules
+        self._name = name  # "weight" or "bias", of each module
         self._buffer: Tensor | None = None
 
     @property
@@ -24,30 +25,38 @@ class FusedParameters:
         assert self._buffer is not None, "refresh() comes first"
         return self._buffer
 
+    @torch.inference_mode(False)  # an inference tensor could not be trained
     def refresh(self) -> None:
         """Make the parameters views of the buffer, if they are not."""
         if self._is_current():
             return
-        with torch.no_grad():
-            self._buffer = torch.cat([parameter.data for parameter in self._parameters])
-        for parameter, view in zip(self._parameters, self._views(), strict=True):
+        parameters = self._parameters()
+        self._buffer = torch.cat([parameter.data for parameter in parameters])
+        for parameter, view in zip(parameters, self._views(), strict=True):
             parameter.data = view
 
+    @torch.inference_mode(False)
     def release(self) -> None:
         """Give every parameter a storage of its own again."""
-        if self._is_current():
-            for parameter in self._parameters:
+        if self._buffer is None:
+            return
+        shared = self._buffer.untyped_storage().data_ptr()
+        for parameter in self._parameters():
+            if parameter.untyped_storage().data_ptr() == shared:
                 parameter.data = parameter.data.clone()
         self._buffer = None
 
+    def _parameters(self) -> list[nn.Parameter]:
+        return [getattr(module, self._name) for module in self._modules]
+
     def _views(self) -> list[Tensor]:
-        rows = [parameter.shape[0] for parameter in self._parameters]
+        rows = [parameter.shape[0] for parameter in self._parameters()]
         return list(self.buffer.split(rows))
 
     def _is_current(self) -> bool:
         if self._buffer is None:
             return False
-        pairs = zip(self._parameters, self._views(), strict=True)
+        pairs = zip(self._parameters(), self._views(), strict=True)
         return all(
             parameter.data_ptr() == view.data_ptr() and parameter.dtype == view.dtype
             for parameter, view in pairs
