@@ -43,6 +43,7 @@ struct PagedAttention {
   const int32_t* cu_seqlens;    // [sequences + 1], first query of each; null: one query each
   const int32_t* seq_lens;      // [sequences], keys of each, the new tokens included
   const float* alibi_slopes;    // [num_heads] or null
+  float* workspace;             // [paged_attention_workspace(...)], 16-byte aligned
   int64_t tokens, sequences, num_heads, num_kv_heads, head_dim, block_size, max_blocks;
   int64_t max_query_len;  // the most queries of one sequence
   int64_t num_splits;     // key ranges in parallel; 0: the launcher chooses
@@ -108,6 +109,9 @@ void bias_activation(void* out,         // [rows, dim]
 void rope_and_store_kv(const RopeAndStoreKv& args, Stream stream);
 
 // ---- attention ----------------------------------------------------------------------------------
+
+// The floats that `args.workspace` must hold, from everything else in `args` but contents.
+int64_t paged_attention_workspace(const PagedAttention& args);
 
 void paged_attention(const PagedAttention& args, Stream stream);
 

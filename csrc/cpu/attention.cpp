@@ -108,6 +108,8 @@ void run_tasks(const PagedAttention& a, const std::vector<AttentionTask>& tasks,
 
 }  // namespace
 
+int64_t paged_attention_workspace(const PagedAttention&) { return 0; }
+
 void paged_attention(const PagedAttention& args, Stream) {
   std::vector<AttentionTask> tasks = make_tasks(args);
   int64_t keys = 0;
