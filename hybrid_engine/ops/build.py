@@ -32,6 +32,9 @@ INSTRUCTION_SETS: dict[str, list[str]] = {
     "default": [],
 }
 
+# Ampere and Hopper, with the instructions that only Hopper has.
+CUDA_ARCHITECTURES = ("80", "90a")
+
 # Not -ffast-math: linking with it makes gcc switch the whole process to flush-to-zero.
 CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 
@@ -65,6 +68,48 @@ def build_cpu(csrc: Path, isa: str) -> Path:
     units = [Compilation(path, (compiler, *flags)) for path in cpu_sources(csrc)]
     link = [compiler, "-shared", "-fopenmp", *torch_link_flags()]
     return build(f"cpu_{isa}", csrc, units, link)
+
+
+def cuda_sources(csrc: Path) -> list[Path]:
+    """The CUDA kernels, and the bindings of the op families that have some."""
+    kernels = sorted(csrc.glob("cuda/*.cu"))
+    families = {path.stem for path in kernels}
+    bindings = sorted(path for path in csrc.glob("bindings/*.cpp") if path.stem in families)
+    return [*kernels, *bindings]
+
+
+def build_cuda(csrc: Path) -> Path:
+    """Return the CUDA library for CUDA_ARCHITECTURES, building it if needed.
+
+    It holds the CUDA runtime and loads where there is no GPU. The build log beside it has the
+    registers and spills of every kernel. Raises BuildError without nvcc, or if it fails.
+    """
+    nvcc, compiler = find_nvcc(), find_compiler()
+    host = [*torch_compile_flags(csrc), "-O3", "-DHE_DEVICE=cuda"]
+    device = ["-ccbin", compiler, "-std=c++17", "-O3", "-DHE_DEVICE=cuda", f"-I{csrc}"]
+    device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+    for architecture in CUDA_ARCHITECTURES:
+        device += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    commands = {".cu": (nvcc, *device), ".cpp": (compiler, *host)}
+    units = [Compilation(path, commands[path.suffix]) for path in cuda_sources(csrc)]
+    # nvcc knows where its runtime lies. The runtime's symbols stay hidden, so that they are not
+    # mixed up with torch's own copy.
+    link = [nvcc, "-shared", "-ccbin", compiler, "-cudart", "static", *torch_link_flags()]
+    link += ["-Xlinker", "--exclude-libs,ALL"]
+    return build("cuda", csrc, units, link)
+
+
+def find_nvcc() -> str:
+    """The CUDA compiler: of $CUDA_HOME, else on PATH, else of /usr/local/cuda."""
+    toolkit = os.environ.get("CUDA_HOME")
+    for name in (toolkit and f"{toolkit}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise BuildError(
+        "no nvcc found (looked in $CUDA_HOME/bin, on PATH, in /usr/local/cuda/bin). Install the "
+        "CUDA toolkit and point CUDA_HOME at it, or set HYBRID_ENGINE_NATIVE=off to use the "
+        "PyTorch reference, which is many times slower"
+    )
 
 
 def find_compiler() -> str:
@@ -108,7 +153,13 @@ def torch_compile_flags(csrc: Path) -> list[str]:
 
 def torch_link_flags() -> list[str]:
     """libtorch is named outright: Python loads it privately, so nothing resolves by itself."""
-    return [f"-L{_torch_directory() / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    return [
+        f"-L{_torch_directory() / 'lib'}",
+        "-Xlinker",
+        "--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+    ]
 
 
 def cache_directory() -> Path:
@@ -212,7 +263,8 @@ def _content_key(csrc: Path, units: list[Compilation], link: list[str]) -> str:
 
     compilers = sorted({unit.command[0] for unit in units} | {link[0]})
     digest = hashlib.sha256()
-    for path in sorted({unit.source for unit in units} | set(_headers(csrc))):
+    headers = _headers({csrc, *(unit.source.parent for unit in units)})
+    for path in sorted({*(unit.source for unit in units), *headers}):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
     commands = [(unit.source.name, unit.command) for unit in units]
     versions = [_version(compiler) for compiler in compilers]
@@ -220,9 +272,10 @@ def _content_key(csrc: Path, units: list[Compilation], link: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _headers(csrc: Path) -> Iterator[Path]:
-    for folder in (".", "cpu", "bindings"):
-        yield from (csrc / folder).glob("*.h")
+def _headers(folders: set[Path]) -> Iterator[Path]:
+    for folder in folders:
+        yield from folder.glob("*.h")
+        yield from folder.glob("*.cuh")
 
 
 def _version(compiler: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class NativeStatus:
     library: Path | None  # the loaded CPU library
     isa: str | None  # its instruction set, a key of build.INSTRUCTION_SETS
     reason: str | None  # why there is none
+    cuda_library: Path | None  # the loaded CUDA library
+    cuda_reason: str | None  # why there is none
 
 
 def source_directory() -> Path:
@@ -41,24 +44,40 @@ def machine_isa() -> str:
 
 
 def load() -> NativeStatus:
-    """Build if needed and load the CPU library. Called once, at the import of the ops."""
+    """Build if needed and load the libraries. Called once, at the import of the ops."""
     policy = os.environ.get("HYBRID_ENGINE_NATIVE", "auto")
     if policy not in POLICIES:
         raise ValueError(f"HYBRID_ENGINE_NATIVE={policy!r}: expected one of {', '.join(POLICIES)}")
     if policy == "off":
-        return NativeStatus(None, None, "HYBRID_ENGINE_NATIVE=off")
+        off = "HYBRID_ENGINE_NATIVE=off"
+        return NativeStatus(None, None, off, None, off)
     isa = machine_isa()
+    library, reason = _load("the CPU", policy, lambda: _cpu_library(isa))
+    if torch.cuda.is_available():
+        cuda = _load("CUDA", policy, lambda: build.build_cuda(source_directory()))
+    else:
+        cuda = None, "torch sees no CUDA device"
+    return NativeStatus(library, isa if library else None, reason, *cuda)
+
+
+def _cpu_library(isa: str) -> Path:
     prebuilt = Path(__file__).with_name(f"prebuilt_cpu_{isa}.so")
+    return prebuilt if prebuilt.exists() else build.build_cpu(source_directory(), isa)
+
+
+def _load(device: str, policy: str, find: Callable[[], Path]) -> tuple[Path | None, str | None]:
+    """The library that was loaded, or why none was."""
     try:
-        library = prebuilt if prebuilt.exists() else build.build_cpu(source_directory(), isa)
+        library = find()
         torch.ops.load_library(str(library))
     except (build.BuildError, OSError) as error:
         if policy == "require":
             raise
         warnings.warn(
-            f"hybrid_engine runs on its PyTorch reference, many times slower, because: {error}",
+            f"hybrid_engine runs on its PyTorch reference on {device}, many times slower, "
+            f"because: {error}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-        return NativeStatus(None, None, str(error))
-    return NativeStatus(library, isa, None)
+        return None, str(error)
+    return library, None
