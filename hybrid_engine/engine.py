@@ -45,6 +45,11 @@ class HybridEngine:
         self._cache: KVCache | None = None
         self._in_rollout = False
 
+    @property
+    def max_positions(self) -> int:
+        """Tokens of prompt and response together that the model has positions for."""
+        return self._decoder.max_positions
+
     @contextlib.contextmanager
     def rollout(self) -> Iterator[None]:
         """Flip to generation: the weights as they are now, and a KV cache that lives until exit."""

@@ -1,5 +1,6 @@
 """How the decoder sees the live training parameters."""
 
+from hybrid_engine.weights.by_head import RowsByHead
 from hybrid_engine.weights.fused import FusedParameters
 
-__all__ = ["FusedParameters"]
+__all__ = ["FusedParameters", "RowsByHead"]

@@ -22,19 +22,18 @@ class Conversation:
         self._tokenizer = load_tokenizer(folder)
         model = load_causal_lm(folder, self._tokenizer, dtype=torch.float32).eval()
         self._engine = HybridEngine(model)
-        self._positions: int = model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
         self._messages: list[dict[str, str]] = []
 
     def say(self, text: str, params: SamplingParams) -> None:
         """Send a message and print the answer as it is sampled."""
         self._messages.append({"role": "user", "content": text})
-        room = max(1, self._positions - params.max_new_tokens)
+        room = max(1, self._engine.max_positions - params.max_new_tokens)
         prompt = encode_prompt({"prompt": self._messages}, self._tokenizer, max_length=room)
         if prompt is None:
             self._messages.pop()
             raise ValueError(
                 f"the conversation is longer than {room} tokens, what the model's "
-                f"{self._positions} positions leave beside max_new_tokens={params.max_new_tokens}"
+                f"{self._engine.max_positions} positions leave beside max_new_tokens={params.max_new_tokens}"
             )
         tokens: list[int] = []
         printed = ""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_engine.cache import KVCache
 from hybrid_engine.generation.rows import Rows
@@ -24,18 +24,30 @@ LLAMA = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
     "max_position_embeddings": 128, **SPECIAL,
 }  # fmt: skip
+GPT = {
+    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "max_position_embeddings": 128, **SPECIAL,
+}  # fmt: skip
 OPT = {
     "vocab_size": 97, "hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 80,
     "num_hidden_layers": 2, "num_attention_heads": 6, "max_position_embeddings": 128, **SPECIAL,
 }  # fmt: skip
 
+# Tied, a large embedding_scale lets the last token alone decide the next.
+GEMMA = {**LLAMA, "tie_word_embeddings": False}
+CONFIGS = {
+    "gemma2": GEMMA,
+    "opt": OPT,
+    "gpt2": GPT,
+    "gpt_neox": {**GPT, "intermediate_size": 80},
+    "bloom": GPT,
+}
+
 
 def _build(family: str, **options: Any) -> nn.Module:
     """A random model, scaled until what it says depends on every token before."""
-    if family == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **options}))
-    else:
-        model = OPTForCausalLM(OPTConfig(**{**OPT, **options}))
+    config = AutoConfig.for_model(family, **{**CONFIGS.get(family, LLAMA), **options})
+    model: Any = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

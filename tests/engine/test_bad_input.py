@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
 )
@@ -94,13 +94,13 @@ def test_exception_inside_a_rollout_ends_it(engine: HybridEngine, build) -> None
     assert engine._cache is None
 
 
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+def gptj() -> nn.Module:
+    return GPTJForCausalLM(GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=32))
 
 
 MODELS: dict[str, tuple[Callable[..., nn.Module], str]] = {
-    "family": (lambda build: gpt2(), "'gpt2'; it knows llama, opt"),
-    "no-config": (lambda build: nn.Linear(2, 2), "'Linear'; it knows llama, opt"),
+    "family": (lambda build: gptj(), "'gptj'; it knows bloom, gemma2"),
+    "no-config": (lambda build: nn.Linear(2, 2), "'Linear'; it knows bloom, gemma2"),
     "opt-350m-norm": (
         lambda build: build("opt", do_layer_norm_before=False),
         "this opt model.*do_layer_norm_before",

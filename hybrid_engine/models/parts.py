@@ -1,0 +1,167 @@
+"""What a decoder layer is made of, each reading the live parameters of HF modules."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hybrid_engine import ops
+from hybrid_engine.models.family import Family
+from hybrid_engine.weights import FusedParameters, RowsByHead
+
+
+class Linear:
+    """One linear module. GPT-2's Conv1D stores the transpose, which is read as such."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = plain(module, nn.Linear, Conv1D)
+        self._transposed = type(module) is Conv1D
+
+    def refresh(self) -> None:
+        """Nothing is cached."""
+
+    def release(self) -> None:
+        """Nothing was taken."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in)"""
+        weight: Tensor = self._module.weight
+        return weight.t() if self._transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._module.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T, without the bias."""
+        return F.linear(x, self.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class FusedLinear(Linear):
+    """Linear modules with one input as one matrix product, over parameters in one buffer."""
+
+    def __init__(self, weight: Any, bias: Any | None) -> None:
+        self._weight = weight  # FusedParameters or RowsByHead
+        self._bias = bias
+
+    def refresh(self) -> None:
+        self._weight.refresh()
+        if self._bias:
+            self._bias.refresh()
+
+    def release(self) -> None:
+        self._weight.release()
+        if self._bias:
+            self._bias.release()
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight.buffer
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias.buffer if self._bias else None
+
+
+def stacked(modules: list[nn.Module]) -> Linear:
+    """The modules' outputs side by side."""
+    if len(modules) == 1:
+        return Linear(modules[0])
+    modules = [plain(module, nn.Linear) for module in modules]
+    biased = [module for module in modules if module.bias is not None]
+    bias = FusedParameters(biased, "bias") if biased else None
+    return FusedLinear(FusedParameters(modules, "weight"), bias)
+
+
+def stacked_qkv(modules: list[nn.Module], family: Family, heads: int) -> Linear:
+    """Queries, then keys, then values."""
+    if not family.qkv_rows_by_head:
+        return stacked(modules)
+    module = plain(modules[0], nn.Linear)
+    bias = RowsByHead(module, "bias", heads=heads) if module.bias is not None else None
+    return FusedLinear(RowsByHead(module, "weight", heads=heads), bias)
+
+
+class Norm:
+    """A norm module through the fused ops, alone or after adding to the residual in place."""
+
+    def __init__(self, module: nn.Module, family: Family) -> None:
+        self._module: Any = module
+        self._is_rms = family.norm == "rms"
+        self._offset = family.norm_weight_offset
+        self._eps = norm_eps(module)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._is_rms:
+            return ops.rms_norm(x, self._module.weight, self._eps, self._offset)
+        return ops.layer_norm(x, self._module.weight, self._module.bias, self._eps)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self._is_rms:
+            return ops.add_rms_norm(x, residual, self._module.weight, self._eps, self._offset)
+        return ops.add_layer_norm(x, residual, self._module.weight, self._module.bias, self._eps)
+
+
+class DecoderLayer:
+    """The parts of one layer, resolved from the family's paths."""
+
+    def __init__(self, layer: nn.Module, family: Family, config: Any, index: int) -> None:
+        def norm(path: str | None) -> Norm | None:
+            return Norm(find(path), family) if path else None
+
+        find = layer.get_submodule
+        self.attention_norm = Norm(find(family.attention_norm), family)
+        self.qkv = stacked_qkv(
+            [find(path) for path in family.qkv], family, config.num_attention_heads
+        )
+        self.query_norm: Any = find(family.query_norm) if family.query_norm else None
+        self.key_norm: Any = find(family.key_norm) if family.key_norm else None
+        self.attention_output = Linear(find(family.attention_output))
+        self.attention_output_norm = norm(family.attention_output_norm)
+        self.mlp_norm = Norm(find(family.mlp_norm), family)
+        self.mlp_up = stacked([find(path) for path in family.mlp_up])
+        self.mlp_down = Linear(find(family.mlp_down))
+        self.mlp_output_norm = norm(family.mlp_output_norm)
+        self.window = family.window(config, index)
+
+    @property
+    def fused(self) -> list[Linear]:
+        return [self.qkv, self.mlp_up]
+
+
+def norm_eps(module: Any) -> float:
+    """HF has it under two names."""
+    return float(module.eps if hasattr(module, "eps") else module.variance_epsilon)
+
+
+def plain(module: nn.Module, *kinds: type[nn.Module]) -> Any:
+    """The module, if its forward does nothing but use its parameters: no adapter, no quantiser."""
+    if type(module) not in kinds:
+        raise ValueError(
+            f"the hybrid engine reads plain {kinds[0].__name__} layers, found "
+            f"{type(module).__name__}"
+        )
+    return module
+
+
+def activation(name: str, *, gated: bool) -> Callable[[Tensor], Tensor]:
+    """The op for HF's name of an activation."""
+    tanh = name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+    if gated and name in ("silu", "swish"):
+        return ops.silu_and_mul
+    if gated and (tanh or name == "gelu"):
+        return functools.partial(ops.gelu_and_mul, tanh=tanh)
+    if not gated and name == "relu":
+        return ops.relu
+    if not gated and (tanh or name == "gelu"):
+        return functools.partial(ops.bias_gelu, bias=None, tanh=tanh)
+    raise ValueError(f"the hybrid engine has no kernel for the activation {name!r}")
