@@ -1,6 +1,6 @@
 """The fused ops. Each has a naive PyTorch reference; native kernels override it when they load."""
 
-from hybrid_engine.ops import native
+from hybrid_engine.ops import native, triton
 from hybrid_engine.ops.activation import bias_gelu, gelu_and_mul, relu, silu_and_mul
 from hybrid_engine.ops.attention import decode_attention, prefill_attention
 from hybrid_engine.ops.logprob import linear_logprob
@@ -11,10 +11,12 @@ from hybrid_engine.ops.sampling import sample
 from hybrid_engine.ops.swiglu import swiglu
 
 NATIVE = native.load()
+TRITON = triton.load()
 
 __all__ = [
     "NATIVE",
     "OPS",
+    "TRITON",
     "add_layer_norm",
     "add_rms_norm",
     "bias_gelu",

@@ -133,11 +133,11 @@ def _fake_backward(
     bias: Tensor | None,
     *args: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_hidden, d_weight, d_bias = _gradients(needs, hidden, weight, bias)
+    d_hidden, d_weight, d_bias = gradients_like(needs, hidden, weight, bias)
     return d_hidden, d_weight, d_bias
 
 
-def _gradients(
+def gradients_like(
     needs: list[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> list[Tensor]:
     """Room for the gradients of hidden, weight and bias; of size 0 for those not needed."""
@@ -172,7 +172,7 @@ def linear_logprob_backward(
     `needs` names which of the three to make; the others come back with no elements.
     """
     wide = _wide(hidden.dtype)
-    d_hidden, d_weight, d_bias = _gradients(needs, hidden, weight, bias)
+    d_hidden, d_weight, d_bias = gradients_like(needs, hidden, weight, bias)
     d_hidden_wide = d_hidden.new_zeros(d_hidden.shape, dtype=wide)
     for vocab in _slices(weight.shape[0], VOCAB_PER_TILE):
         head = _head_tile(weight, bias, vocab, wide)

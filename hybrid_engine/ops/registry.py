@@ -30,13 +30,16 @@ class Op(Generic[P, R]):
         self.reference = reference  # the naive PyTorch body, callable directly
         self.name = name
         self.schema = schema
+        self.triton_keys: set[str] = set()  # the dispatch keys that a Triton launcher serves
         self.overload: Any = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.overload(*args, **kwargs)
 
     def implementation(self, device: str) -> str:
-        """`native` or `reference`: what runs for tensors on `device` ("cpu" or "cuda")."""
+        """`native`, `triton` or `reference`: what runs on `device` ("cpu" or "cuda")."""
+        if device.upper() in self.triton_keys:
+            return "triton"
         qualified = f"{NAMESPACE}::{self.name}"
         native = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper())
         return "native" if native else "reference"

@@ -136,17 +136,24 @@ def rope(
     Returns (q, k) rotated, laid out in memory as they came. Arithmetic in fp32, rounded once.
     Source: arXiv 2104.09864, eq. 34.
     """
+    check_rope(q, k, cos, sin)
+    wide_cos, wide_sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)  # (B or 1, 1, T, R/2)
+    turned = (_rotate(x.float(), wide_cos, wide_sin, interleaved) for x in (q, k))
+    q_out, k_out = (torch.empty_like(x).copy_(y) for x, y in zip((q, k), turned, strict=True))
+    return q_out, k_out
+
+
+def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise ValueError unless the shapes are those of `rope`."""
+    check.shape("q", q, (-1, -1, -1, -1))
     batch, _, tokens, head_dim = q.shape
     check.shape("k", k, (batch, -1, tokens, head_dim))
+    check.dtype("k", k, q.dtype)
     check.shape("cos", cos, (cos.shape[0], tokens, -1))
     check.shape("sin", sin, cos.shape)
     if cos.shape[0] not in (1, batch) or 2 * cos.shape[2] > head_dim:
         expected = f"[1 or {batch}, {tokens}, at most {head_dim // 2}]"
         raise ValueError(f"cos: expected {expected}, got {list(cos.shape)}")
-    wide_cos, wide_sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)  # (B or 1, 1, T, R/2)
-    turned = (_rotate(x.float(), wide_cos, wide_sin, interleaved) for x in (q, k))
-    q_out, k_out = (torch.empty_like(x).copy_(y) for x, y in zip((q, k), turned, strict=True))
-    return q_out, k_out
 
 
 def _save_rope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -31,6 +31,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Returns (..., I), contiguous. Arithmetic in fp32, rounded once.
     """
     check.shape("up", up, gate.shape)
+    check.dtype("up", up, gate.dtype)
     out = _fake(gate, up)
     for y, g, u in row_chunks(out, gate, up):
         y.copy_(F.silu(g.float()).mul_(u))

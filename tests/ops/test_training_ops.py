@@ -13,7 +13,7 @@ from torch import Tensor
 from hybrid_engine import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 EPS = 1e-6
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
@@ -139,7 +139,8 @@ def test_swiglu_of_the_halves_of_a_projection(device: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-HEADS = [(4, 4), (4, 1), (8, 1), (6, 3)]
+# query heads, key heads, head dim, rotated dims
+ROPE_SHAPES = [(4, 4, 64, 64), (4, 1, 64, 64), (8, 1, 2, 2), (6, 3, 80, 32), (1, 1, 96, 96)]
 
 
 def rope_inputs(
@@ -155,17 +156,13 @@ def rope_inputs(
 @dtypes
 @devices
 @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
-@pytest.mark.parametrize(("dim", "rotary"), [(2, 2), (64, 64), (80, 32), (96, 96)])
-@pytest.mark.parametrize("heads", HEADS, ids=["H{}-K{}".format(*h) for h in HEADS])
+@pytest.mark.parametrize(
+    "shape", ROPE_SHAPES, ids=["H{}-K{}-D{}-R{}".format(*s) for s in ROPE_SHAPES]
+)
 def test_rope(
-    heads: tuple[int, int],
-    dim: int,
-    rotary: int,
-    interleaved: bool,
-    dtype: torch.dtype,
-    device: str,
+    shape: tuple[int, int, int, int], interleaved: bool, dtype: torch.dtype, device: str
 ) -> None:
-    leaves, cos, sin = rope_inputs(heads, dim, rotary, dtype, device)
+    leaves, cos, sin = rope_inputs(shape[:2], *shape[2:], dtype, device)
     assert_as_good_as_plain(ops.rope, plain_rope, leaves, cos, sin, interleaved)
 
 
