@@ -26,12 +26,7 @@ class RowsByHead:
         """Copy the parameter as it is now."""
         rows: Tensor = getattr(self._module, self._name).data
         by_head = rows.view(self._heads, 3, -1, *rows.shape[1:])
-        stacked = by_head.transpose(0, 1).reshape(rows.shape)
-        if self._buffer is not None and self._buffer.shape == stacked.shape:
-            if (self._buffer.dtype, self._buffer.device) == (stacked.dtype, stacked.device):
-                self._buffer.copy_(stacked)  # the same memory: a captured graph stays valid
-                return
-        self._buffer = stacked
+        self._buffer = by_head.transpose(0, 1).reshape(rows.shape)
 
     def release(self) -> None:
         self._buffer = None

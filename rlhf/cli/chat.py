@@ -32,8 +32,8 @@ class Conversation:
         if prompt is None:
             self._messages.pop()
             raise ValueError(
-                f"the conversation is longer than {room} tokens, what the model's "
-                f"{self._engine.max_positions} positions leave beside max_new_tokens={params.max_new_tokens}"
+                f"the conversation is longer than {room} tokens, which is what the model has "
+                f"positions for beside max_new_tokens={params.max_new_tokens}"
             )
         tokens: list[int] = []
         printed = ""
