@@ -24,13 +24,19 @@ class StepInfo:
 
 
 class SingleProcessEngine:
-    """A module with its optimizer. `backward` as often as there are micro-batches, then `step`."""
+    """A module with its optimizer. `backward` as often as there are micro-batches, then `step`.
+
+    The optimizer moves fp32 masters: at a learning rate near 1e-6 weights of fewer bits would round
+    every step away. fp32 weights are their own masters.
+    """
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, *, total_steps: int) -> None:
         self.module = module
         self._max_grad_norm = config.max_grad_norm
+        self._weights = [p for p in module.parameters() if p.requires_grad]
+        self._masters = [_master(weight) for weight in self._weights]
         self._optimizer = torch.optim.AdamW(
-            _parameter_groups(module, config.weight_decay),
+            _parameter_groups(self._masters, config.weight_decay),
             lr=config.learning_rate,
             betas=ADAM_BETAS,
             eps=ADAM_EPS,
@@ -44,13 +50,31 @@ class SingleProcessEngine:
         loss.backward()
 
     def step(self) -> StepInfo:
-        """Clip, update, clear the gradients, advance the schedule."""
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm)
+        """Clip, update, clear the gradients, advance the schedule.
+
+        Raises ValueError, and leaves the weights alone, when the gradient is not finite.
+        """
+        for weight, master in self._halves():
+            master.grad = None if weight.grad is None else weight.grad.float()
+        norm = float(nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm))
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"training has diverged, the gradient's norm is {norm}: lower the learning rate"
+            )
         learning_rate = float(self._schedule.get_last_lr()[0])
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
-        return StepInfo(learning_rate, float(norm))
+        with torch.no_grad():
+            for weight, master in self._halves():
+                weight.copy_(master)
+                weight.grad = None
+        return StepInfo(learning_rate, norm)
+
+    def _halves(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Weights of fewer than 32 bits with their masters."""
+        pairs = zip(self._weights, self._masters, strict=True)
+        return [(weight, master) for weight, master in pairs if weight is not master]
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
@@ -65,9 +89,16 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
     return 1 - (1 - FINAL_FRACTION) * fall
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    trainable = [p for p in module.parameters() if p.requires_grad]
+def _master(weight: nn.Parameter) -> nn.Parameter:
+    if weight.dtype == torch.float32:
+        return weight
+    return nn.Parameter(weight.detach().float())
+
+
+def _parameter_groups(
+    parameters: list[nn.Parameter], weight_decay: float
+) -> list[dict[str, object]]:
     return [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]

@@ -56,28 +56,30 @@ def response_values(
 ) -> Tensor:
     """The critic's value at the position that predicts each response token, (B, T) fp32.
 
-    `critic` is a sequence classification model with one label.
+    `critic` is a sequence classification model with one label; one that was a normalised reward
+    model starts from its normalised scores.
     """
     hidden = _hidden_states(critic, input_ids)
     rows, columns, mask = _predicting_positions(prompt_lengths, response_lengths)
-    values = critic.score(hidden[rows, columns]).squeeze(-1).float()  # type: ignore[operator]
-    return _scatter(values, mask)
+    return _scatter(_score(critic, hidden[rows, columns]), mask)
 
 
 def sequence_scores(scorer: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """The reward model's score at the last real token of each sequence, (B,) fp32.
-
-    A reward model that was normalised carries the mean to subtract in its config.
-    """
+    """The reward model's score at the last real token of each sequence, (B,) fp32."""
     hidden = _hidden_states(scorer, input_ids)
     rows = torch.arange(len(lengths), device=lengths.device)
-    scores = scorer.score(hidden[rows, lengths - 1]).squeeze(-1).float()  # type: ignore[operator]
-    return scores - getattr(scorer.config, "score_mean", 0.0)
+    return _score(scorer, hidden[rows, lengths - 1])
 
 
 def _hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     """(B, T) -> (B, T, D), after the final norm."""
     return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[operator]
+
+
+def _score(scorer: nn.Module, hidden: Tensor) -> Tensor:
+    """(N, D) -> (N,) fp32. A scorer that was normalised has the mean to subtract in its config."""
+    scores = scorer.score(hidden).squeeze(-1).float()  # type: ignore[operator]
+    return scores - getattr(scorer.config, "score_mean", 0.0)
 
 
 def _head_logprobs(

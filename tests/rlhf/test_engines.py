@@ -1,0 +1,146 @@
+"""The optimizer behind the trainers: schedule, clipping, decay, master weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import OptimizerConfig
+from rlhf.engines import SingleProcessEngine
+from rlhf.engines.single import learning_rate_factor
+
+LR = 0.01
+
+
+class Weights(nn.Module):
+    """One matrix, one vector, one frozen matrix."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(2, 2, dtype=dtype))
+        self.vector = nn.Parameter(torch.ones(2, dtype=dtype))
+        self.frozen = nn.Parameter(torch.ones(2, 2, dtype=dtype), requires_grad=False)
+
+    def pull(self, force: Tensor | float) -> Tensor:
+        """A loss whose gradient is `force` everywhere."""
+        return (force * self.matrix).sum() + (force * self.vector).sum()
+
+
+def engine_for(module: nn.Module, *, steps: int = 10, **options) -> SingleProcessEngine:
+    options = {"learning_rate": LR, "schedule": "constant", "warmup_fraction": 0.0, **options}
+    return SingleProcessEngine(module, OptimizerConfig(**options), total_steps=steps)
+
+
+def learning_rates(schedule: str, *, steps: int, warmup: float) -> list[float]:
+    engine = engine_for(Weights(), steps=steps, schedule=schedule, warmup_fraction=warmup)
+    found = []
+    for _ in range(steps):
+        engine.backward(engine.module.pull(1.0))
+        found.append(engine.step().learning_rate / LR)
+    return found
+
+
+def test_schedules_by_hand() -> None:
+    """Two steps of warm-up of ten, then eight that fall toward a tenth."""
+    assert learning_rates("constant", steps=10, warmup=0.2) == pytest.approx(
+        [1 / 3, 2 / 3, *[1.0] * 8]
+    )
+    assert learning_rates("linear", steps=10, warmup=0.2) == pytest.approx(
+        [1 / 3, 2 / 3, *(1 - 0.9 * i / 8 for i in range(8))]
+    )
+    assert learning_rates("cosine", steps=10, warmup=0.2) == pytest.approx(
+        [1 / 3, 2 / 3, *(0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8))]
+    )
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedule_ends_at_a_tenth_and_stays_there(schedule: str) -> None:
+    config = OptimizerConfig(schedule=schedule)
+    for step in (100, 101, 1000):
+        assert learning_rate_factor(step, 100, config) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_few_steps_still_have_learning_rates(steps: int, warmup: float) -> None:
+    for factor in learning_rates("cosine", steps=steps, warmup=warmup):
+        assert 0 < factor <= 1
+
+
+def test_gradients_are_clipped_and_adams_eps_is_1e_5() -> None:
+    """A first step of Adam is lr * g / (|g| + eps): half the learning rate at |g| = eps."""
+    module = Weights()
+    engine = engine_for(module, max_grad_norm=1e-5 * 6**0.5)
+    engine.backward(module.pull(3.0))
+    assert engine.step().grad_norm == pytest.approx(3.0 * 6**0.5)  # before clipping
+    torch.testing.assert_close(module.matrix.detach(), torch.full((2, 2), 1 - LR / 2))
+
+
+def test_gradients_under_the_limit_are_left_alone() -> None:
+    module = Weights()
+    engine = engine_for(module, max_grad_norm=1.0)
+    engine.backward(module.pull(1e-5))
+    engine.step()
+    torch.testing.assert_close(module.matrix.detach(), torch.full((2, 2), 1 - LR / 2))
+
+
+def test_weight_decay_is_on_matrices_only() -> None:
+    module = Weights()
+    engine = engine_for(module, weight_decay=0.5)
+    engine.backward(module.pull(0.0))
+    engine.step()
+    torch.testing.assert_close(module.matrix.detach(), torch.full((2, 2), 1 - LR * 0.5))
+    assert torch.equal(module.vector.detach(), torch.ones(2))
+
+
+def test_frozen_parameters_stay() -> None:
+    module = Weights()
+    engine = engine_for(module, weight_decay=0.5)
+    engine.backward(module.pull(1.0))
+    engine.step()
+    assert torch.equal(module.frozen, torch.ones(2, 2))
+
+
+def test_gradients_add_up_until_the_step_and_are_cleared_by_it() -> None:
+    twice, once = Weights(), Weights()
+    engines = [engine_for(twice), engine_for(once)]
+    for _ in range(3):
+        engines[0].backward(twice.pull(0.1))
+        engines[0].backward(twice.pull(0.2))
+        engines[1].backward(once.pull(0.3))
+        assert engines[0].step().grad_norm == pytest.approx(engines[1].step().grad_norm)
+        assert twice.matrix.grad is None
+    torch.testing.assert_close(twice.matrix, once.matrix)
+
+
+def test_small_steps_add_up_in_bf16() -> None:
+    """Each is far below bf16's spacing near 1; the masters keep them, the weights follow."""
+    half, full = Weights(torch.bfloat16), Weights()
+    engines = [engine_for(m, learning_rate=1e-5, steps=1000) for m in (half, full)]
+    for _ in range(1000):
+        for engine in engines:
+            engine.backward(engine.module.pull(1.0))
+            engine.step()
+    assert half.matrix.dtype == torch.bfloat16
+    assert float(full.matrix[0, 0].detach()) == pytest.approx(0.99, abs=1e-4)
+    assert torch.equal(half.matrix, full.matrix.to(torch.bfloat16))
+    assert torch.equal(half.vector, full.vector.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("force", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(
+    force: float, dtype: torch.dtype
+) -> None:
+    module = Weights(dtype)
+    before = copy.deepcopy(module.state_dict())
+    engine = engine_for(module)
+    engine.backward(module.pull(force))
+    with pytest.raises(ValueError, match=r"diverged.*lower the learning rate"):
+        engine.step()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])

@@ -1,0 +1,187 @@
+"""A folder is whole or not there, and anyone can load it."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from rlhf.models import finished_directory, load_causal_lm, load_scorer, save_model
+
+IDS = torch.tensor([[1, 5, 90, 7, 200, 33]])
+
+
+def write(path: Path, *, error: type[BaseException] | None = None, **files: str) -> None:
+    """Write the files, and fail then if told to."""
+    with finished_directory(path) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        if error:
+            raise error
+
+
+def contents(path: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+def test_folder_appears_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "model"
+    with finished_directory(path) as folder:
+        (folder / "a").write_text("1")
+        assert not path.exists()
+    assert contents(path) == {"a": "1"}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_failure(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        write(tmp_path / "model", error=error, a="1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
+    write(tmp_path / "model", a="old")
+    with pytest.raises(ValueError):
+        write(tmp_path / "model", error=ValueError, a="new")
+    assert contents(tmp_path / "model") == {"a": "old"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_new_folder_takes_the_old_ones_place(tmp_path: Path) -> None:
+    write(tmp_path / "model", a="old", b="old")
+    write(tmp_path / "model", a="new")
+    assert contents(tmp_path / "model") == {"a": "new"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_half_folder_is_ever_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removing takes time and can be interrupted: by then the new folder stands."""
+    path = tmp_path / "model"
+    write(path, a="old", b="old")
+    seen = []
+
+    def interrupted(folder: Path, **options: Any) -> None:
+        if Path(folder).exists():
+            seen.append(contents(path))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, a="new")
+    assert seen == [{"a": "new"}]
+    assert contents(path) == {"a": "new"}
+
+
+def test_a_file_in_the_way_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("notes")
+    with pytest.raises(OSError):
+        write(tmp_path / "model", a="new")
+    assert (tmp_path / "model").read_text() == "notes"
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """The disk is full once a file has this size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 5_000, 60_000])
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(
+    causal_lm, tokenizer, tmp_path: Path, size: int
+) -> None:
+    """In the config, in the tokenizer or in the weights, whichever library writes them."""
+    with pytest.raises(OSError), file_size_limit(size):
+        save_model(causal_lm(), tokenizer, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_in_the_tokenizer_is_an_os_error(causal_lm, tokenizer, tmp_path: Path) -> None:
+    class OnlyTokenizer:
+        save_pretrained: Callable[..., None] = lambda self, folder: None
+
+    with pytest.raises(OSError, match=r"cannot write .*File too large"), file_size_limit(5_000):
+        save_model(OnlyTokenizer(), tokenizer, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@torch.no_grad()
+def test_saved_actor_loads_in_plain_transformers(
+    causal_lm, tokenizer, tmp_path: Path, family: str, tied: bool
+) -> None:
+    model = causal_lm(family, tie_word_embeddings=tied)
+    save_model(model, tokenizer, tmp_path / "actor")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "actor").eval()
+    assert torch.equal(plain(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    ours = load_causal_lm(str(tmp_path / "actor"), tokenizer, dtype=torch.float32)
+    assert torch.equal(ours.eval()(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "actor")
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@torch.no_grad()
+def test_saved_reward_and_critic_load_in_plain_transformers(
+    scorer, tokenizer, tmp_path: Path, family: str
+) -> None:
+    model = scorer(family)
+    save_model(model, tokenizer, tmp_path / "reward")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
+    assert plain.config.num_labels == 1
+    assert torch.equal(plain(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    ours = load_scorer(str(tmp_path / "reward"), tokenizer, dtype=torch.float32).eval()
+    assert torch.equal(ours(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+@torch.no_grad()
+def test_scorer_from_a_causal_model_has_its_body(causal_lm, tokenizer, tmp_path: Path) -> None:
+    model = causal_lm()
+    save_model(model, tokenizer, tmp_path / "sft")
+    found = load_scorer(str(tmp_path / "sft"), tokenizer, dtype=torch.float32).eval()
+    hidden = found.base_model(input_ids=IDS).last_hidden_state
+    assert torch.equal(hidden, model.base_model(input_ids=IDS).last_hidden_state)
+    assert found.score.weight.shape == (1, 32)
+
+
+def test_scorer_with_several_labels_is_refused(scorer, tokenizer, tmp_path: Path) -> None:
+    model = scorer()
+    config = model.config
+    config.num_labels = 3
+    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, tmp_path / "x")
+    with pytest.raises(ValueError, match="3 labels, a reward model has 1"):
+        load_scorer(str(tmp_path / "x"), tokenizer, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_scorer], ids=lambda f: f.__name__)
+def test_a_folder_without_a_model_is_said(load, tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no .* model .*empty.*\(tried the folder\)"):
+        load(str(tmp_path / "empty"), tokenizer, dtype=torch.float32)
+
+
+def test_unfinished_folder_of_a_killed_process_is_hidden(tmp_path: Path) -> None:
+    """What a kill leaves behind does not carry the name that anyone would load."""
+    manager = finished_directory(tmp_path / "model")
+    folder = manager.__enter__()
+    assert folder.name.startswith(".")
+    assert folder.name.endswith(".unfinished")
+    shutil.rmtree(folder)
