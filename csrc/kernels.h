@@ -69,6 +69,56 @@ struct Sample {
   DType dtype;
 };
 
+struct LoraAdapter {
+  const void* a;  // [rank, in_dim]
+  const void* b;  // [out_dim, rank]
+  int64_t rank;
+  float scale;
+};
+
+// A kernel takes the adapters by value, so there is a most.
+constexpr int64_t kMaxLoraAdapters = 32;
+
+struct FusedLora {
+  void* out;                     // [rows, out_dim], written
+  const void* x;                 // [rows, in_dim]
+  const void* weight;            // [out_dim, in_dim]
+  const void* bias;              // [out_dim] or null
+  const LoraAdapter* adapters;   // [num_adapters], in host memory
+  const int32_t* adapter_index;  // [rows], -1: none; null: the sum of all adapters
+  int64_t rows, out_dim, in_dim, num_adapters;
+  DType dtype;
+};
+
+// A slice of one parameter of a bucket, on its way to its place. The full parameter is
+// [rows, columns] row-major; element i of it is in the bucket at
+// (i / partition) * rank_length + source + i % partition.
+struct UnpackEntry {
+  void* destination;   // [row_end - row_begin, column_end - column_begin], written
+  const void* lora_a;  // [lora_rank, columns] or null
+  const void* lora_b;  // [rows, lora_rank] or null: lora_scale * lora_b lora_a is added
+  int64_t source, partition, rows, columns, row_begin, row_end, column_begin, column_end, lora_rank;
+  float lora_scale;
+  DType dtype, lora_dtype;  // of the destination, of the factors
+};
+
+struct GatherUnpack {
+  const void* bucket;          // [world, rank_length]
+  const UnpackEntry* entries;  // [num_entries], in host memory
+  int64_t num_entries, rank_length;
+  DType dtype;  // of the bucket
+};
+
+struct Gae {
+  float* advantages;     // [rows, length], written
+  float* returns;        // [rows, length], written
+  const float* rewards;  // [rows, length]
+  const float* values;   // [rows, length]
+  const uint8_t* mask;   // [rows, length]
+  int64_t rows, length;
+  double gamma, lam;
+};
+
 namespace HE_DEVICE {
 
 // ---- norm ---------------------------------------------------------------------------------------
@@ -118,6 +168,39 @@ void paged_attention(const PagedAttention& args, Stream stream);
 // ---- sampling -----------------------------------------------------------------------------------
 
 void sample(const Sample& args, Stream stream);
+
+// ---- linear -------------------------------------------------------------------------------------
+
+// out = x weight^T + bias, for few rows
+void skinny_linear(void* out,           // [rows, out_dim]
+                   const void* x,       // [rows, in_dim]
+                   const void* weight,  // [out_dim, in_dim]
+                   const void* bias,    // [out_dim] or null
+                   int64_t rows, int64_t out_dim, int64_t in_dim, DType dtype, Stream stream);
+
+// out = x weight^T + bias + sum over adapters of scale * (x a^T) b^T
+void fused_lora(const FusedLora& args, Stream stream);
+
+// ---- gather -------------------------------------------------------------------------------------
+
+void gather_unpack(const GatherUnpack& args, Stream stream);
+
+// ---- advantage ----------------------------------------------------------------------------------
+
+void gae(const Gae& args, Stream stream);
+
+// moments = [how many, their sum, the sum of their squares] where the mask is set
+void masked_moments(double* moments,      // [3]
+                    const float* x,       // [count]
+                    const uint8_t* mask,  // [count]
+                    int64_t count, Stream stream);
+
+// out = (x - mean) / sqrt(variance + eps) (+ mean) where the mask is set, else 0
+void masked_whiten(float* out,             // [count]
+                   const float* x,         // [count]
+                   const uint8_t* mask,    // [count]
+                   const double* moments,  // [3]
+                   int64_t count, bool shift_mean, double eps, Stream stream);
 
 }  // namespace HE_DEVICE
 }  // namespace he
