@@ -34,10 +34,11 @@ def test_guards_let_good_kernels_pass() -> None:
     assert torch.equal(guarded(shifted)(x, 0, 0), x)
 
 
+@pytest.mark.parametrize("load_shift", [0, 20], ids=["numbers", "nan"])
 @pytest.mark.parametrize("shift", [-1, 1, 20])
-def test_guards_find_stores_outside(shift: int) -> None:
+def test_guards_find_stores_outside(shift: int, load_shift: int) -> None:
     with pytest.raises(AssertionError, match="wrote outside"):
-        guarded(shifted)(torch.randn(50), 0, shift)
+        guarded(shifted)(torch.randn(50), load_shift, shift)
 
 
 @pytest.mark.parametrize("shift", [-1, 1, 20])
@@ -139,7 +140,7 @@ def test_a_target_outside_the_vocabulary_is_nan(target: int) -> None:
 @pytest.mark.parametrize("rows", [4096, 65_536])
 def test_the_buffer_is_small(rows: int, vocabulary: int) -> None:
     buffer = rows * logprob_backward.vocabulary_per_tile(rows, vocabulary) * 2
-    assert buffer <= 0.035 * rows * vocabulary * 4
+    assert buffer <= 0.02 * rows * vocabulary * 4
 
 
 def test_backward_makes_one_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,5 +155,5 @@ def test_backward_makes_one_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
         logprob_backward.linear_logprob_backward(
             needs, *upstream, *arguments, *statistics, 1.0, 0.0
         )
-    sizes = [buffer.numel() - 2 * GUARD for buffer in memory.buffers]
+    sizes = [buffer.numel() - 2 * GUARD for buffer, _ in memory.buffers]
     assert max(sizes) == 150 * 128

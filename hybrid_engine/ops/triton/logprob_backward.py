@@ -114,8 +114,8 @@ def linear_logprob_bwd_hidden_kernel(
 
 
 def vocabulary_per_tile(rows: int, vocabulary: int) -> int:
-    """V/64, or what makes a buffer of 8 Mi numbers where that is more: fewer, larger launches."""
-    return 128 * triton.cdiv(max(vocabulary // 64, (8 << 20) // rows), 128)
+    """V/64, or what makes a buffer of 4 Mi numbers where that is more: fewer, larger launches."""
+    return 128 * triton.cdiv(max(vocabulary // 64, (4 << 20) // rows), 128)
 
 
 def linear_logprob_backward(
