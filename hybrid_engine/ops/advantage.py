@@ -23,8 +23,8 @@ def gae(
     """Generalised advantage estimates over the tokens of the mask.
 
     delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}; V after the last token
-    is 0. Tokens outside of the mask are passed over as if they were not there, so what they hold, NaN
-    included, has no influence; their results are 0.
+    is 0. Tokens outside of the mask are passed over as if they were not there, so what they hold,
+    NaN included, has no influence; their results are 0.
 
     Args:
         rewards, values: (B, T) fp32; values[:, t] was read where token t is predicted.

@@ -13,11 +13,51 @@ def _fake(q: Tensor, *args: object) -> Tensor:
     return torch.empty_like(q)
 
 
+def _validate_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *args: object,
+    **kwargs: object,
+) -> None:
+    """Every block that a sequence's length reaches must be in its table, and in the cache."""
+    num_blocks, _, block_size, _ = k_cache.shape
+    max_blocks = block_tables.shape[1]
+    check.indices("seq_lens", seq_lens, max_blocks * block_size + 1)
+    places = torch.arange(max_blocks, device=q.device)
+    used = places < -(-seq_lens.unsqueeze(1) // block_size)  # (B, max_blocks)
+    check.indices("block_tables", torch.where(used, block_tables, 0), num_blocks)
+
+
+def _validate_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
+    *args: object,
+    **kwargs: object,
+) -> None:
+    _validate_decode(q, k_cache, v_cache, block_tables, seq_lens)
+    check.indices("cu_seqlens", cu_seqlens, q.shape[0] + 1)
+    for i, (new, cached) in enumerate(
+        zip(cu_seqlens.diff().tolist(), seq_lens.tolist(), strict=True)
+    ):
+        if not 0 <= new <= cached:
+            raise ValueError(
+                f"cu_seqlens: expected at most seq_lens[{i}]={cached} new tokens, got {new}"
+            )
+
+
 @define_op(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
     "Tensor seq_lens, float scale, Tensor? alibi_slopes=None, int window=0, float softcap=0.0, "
     "int num_splits=0) -> Tensor",
     fake=_fake,
+    validate=_validate_decode,
 )
 def decode_attention(
     q: Tensor,
@@ -61,6 +101,7 @@ def decode_attention(
     "Tensor cu_seqlens, Tensor seq_lens, int max_query_len, float scale, "
     "Tensor? alibi_slopes=None, int window=0, float softcap=0.0) -> Tensor",
     fake=_fake,
+    validate=_validate_prefill,
 )
 def prefill_attention(
     q: Tensor,

@@ -64,5 +64,14 @@ def operand(
     contiguous(name, tensor)
 
 
+def indices(name: str, values: Tensor, bound: int) -> None:
+    """Raise ValueError unless all values are in [0, bound)."""
+    outside = (values < 0) | (values >= bound)
+    if outside.any():
+        place = outside.nonzero()[0].tolist()
+        value = values[tuple(place)].item()
+        raise ValueError(f"{name}: expected indices in [0, {bound}), got {value} at {place}")
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

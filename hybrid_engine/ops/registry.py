@@ -8,6 +8,7 @@ beside it.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -19,21 +20,34 @@ _DEFAULT_KEY = "CompositeExplicitAutograd"
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_CHECK = os.environ.get("HYBRID_ENGINE_CHECK", "0")
+if _CHECK not in ("0", "1"):
+    raise ValueError(f"HYBRID_ENGINE_CHECK={_CHECK!r}: expected 0 or 1")
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 class Op(Generic[P, R]):
     """A registered op. Calling it dispatches to the best kernel for the arguments' device."""
 
-    def __init__(self, reference: Callable[P, R], name: str, schema: str) -> None:
+    def __init__(
+        self,
+        reference: Callable[P, R],
+        name: str,
+        schema: str,
+        validate: Callable[P, None] | None = None,
+    ) -> None:
         functools.update_wrapper(self, reference)
         self.reference = reference  # the naive PyTorch body, callable directly
         self.name = name
         self.schema = schema
+        self.validate = validate  # checks contents; calls do so with HYBRID_ENGINE_CHECK=1
         self.triton_keys: set[str] = set()  # the dispatch keys that a Triton launcher serves
         self.overload: Any = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if _CHECK == "1" and self.validate is not None:
+            self.validate(*args, **kwargs)
         return self.overload(*args, **kwargs)
 
     def implementation(self, device: str) -> str:
@@ -48,12 +62,16 @@ class Op(Generic[P, R]):
 OPS: dict[str, Op[Any, Any]] = {}
 
 
-def define_op(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Op[P, R]]:
+def define_op(
+    schema: str, *, fake: Callable[..., Any], validate: Callable[..., None] | None = None
+) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Register the decorated function as the reference of the op with this schema.
 
     Args:
         schema: the part after the namespace, e.g. "relu(Tensor x) -> Tensor".
         fake: same parameters, returns empty tensors of the result's shape, dtype and device.
+        validate: same parameters, raises ValueError for indices that lead out of memory. It waits
+            for the device, so it runs only with HYBRID_ENGINE_CHECK=1.
     """
 
     def register(reference: Callable[P, R]) -> Op[P, R]:
@@ -61,7 +79,7 @@ def define_op(schema: str, *, fake: Callable[..., Any]) -> Callable[[Callable[P,
         _library.define(schema)
         _library.impl(name, reference, _DEFAULT_KEY)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        OPS[name] = Op(reference, name, schema)
+        OPS[name] = Op(reference, name, schema, validate)
         return OPS[name]
 
     return register

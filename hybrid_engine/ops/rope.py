@@ -29,11 +29,32 @@ def _fake(
     return qkv.new_empty(qkv.shape[0], num_heads, k_cache.shape[-1])
 
 
+def _validate(
+    qkv: Tensor,
+    bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos_sin: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *args: object,
+    **kwargs: object,
+) -> None:
+    """Slots must be in the cache, negative ones excepted, and positions in the table."""
+    num_blocks, _, block_size, _ = k_cache.shape
+    check.indices("slot_mapping", slot_mapping.clamp(min=0), num_blocks * block_size)
+    if cos_sin is not None:
+        check.indices("positions", positions, cos_sin.shape[0])
+
+
 @define_op(
     "rope_and_store_kv(Tensor qkv, Tensor? bias, Tensor? q_norm, Tensor? k_norm, Tensor? cos_sin, "
     "Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, int num_heads, "
     "bool interleaved=False, float norm_eps=1e-06, float norm_weight_offset=0.0) -> Tensor",
     fake=_fake,
+    validate=_validate,
 )
 def rope_and_store_kv(
     qkv: Tensor,
