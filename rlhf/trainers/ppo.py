@@ -174,7 +174,7 @@ class PPOTrainer:
 
     def _mini_batches(self, experience: Experience) -> Iterator[Experience]:
         order = torch.randperm(len(experience), generator=self._order)
-        for rows in order.tensor_split(self.config.mini_batches):
+        for rows in order.tensor_split(min(self.config.mini_batches, len(order))):
             yield experience.select(rows.to(experience.input_ids.device))
 
     def _update(self, batch: Experience, statistics: UpdateStatistics) -> None:

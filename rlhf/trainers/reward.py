@@ -16,6 +16,8 @@ from rlhf.models import sequence_scores
 from rlhf.tracking import ProgressBar, Tracker
 from rlhf.trainers.columns import Columns, micro_batches
 
+MIN_SPREAD = 1e-4  # of scores, in nats; less is rounding
+
 
 class RewardTrainer:
     """Trains a one-label classifier on encoded pairs (chosen_ids, rejected_ids)."""
@@ -80,7 +82,8 @@ class RewardTrainer:
     def normalise(self, sequences: list[list[int]]) -> dict[str, float]:
         """Shift and scale so that these sequences score mean 0 and standard deviation 1.
 
-        The scale goes into the score head, the mean into the config as `score_mean`.
+        The scale goes into the score head, the mean into the config as `score_mean`. Scores without
+        spread, such as that of a single sequence, are only shifted.
         """
         self._model.eval()
         scores = []
@@ -88,10 +91,11 @@ class RewardTrainer:
             for batch in micro_batches({"ids": sequences}, self._config.micro_batch_size):
                 scores.append(self._scores(batch["ids"]))
             found = torch.cat(scores)
-            mean, std = float(found.mean()), max(float(found.std()), 1e-6)
-            self._model.score.weight.div_(std)  # type: ignore[union-attr, operator]
+            mean, std = float(found.mean()), float(found.std(correction=0))
+            scale = std if std > MIN_SPREAD else 1.0
+            self._model.score.weight.div_(scale)  # type: ignore[union-attr, operator]
         config = self._model.config
-        config.score_mean = (mean + getattr(config, "score_mean", 0.0)) / std  # type: ignore[union-attr]
+        config.score_mean = (mean + getattr(config, "score_mean", 0.0)) / scale  # type: ignore[union-attr]
         return {"score_mean": mean, "score_std": std}
 
     def _train_batch(self, engine: SingleProcessEngine, batch: Columns) -> tuple[float, float]:
