@@ -1,6 +1,16 @@
 """A training model that generates by itself: fused kernels, paged cache, continuous batching."""
 
+from hybrid_engine.accelerate import Acceleration, accelerate, acceleration, restore
 from hybrid_engine.engine import EngineConfig, HybridEngine
 from hybrid_engine.generation import Rollout, SamplingParams
 
-__all__ = ["EngineConfig", "HybridEngine", "Rollout", "SamplingParams"]
+__all__ = [
+    "Acceleration",
+    "EngineConfig",
+    "HybridEngine",
+    "Rollout",
+    "SamplingParams",
+    "accelerate",
+    "acceleration",
+    "restore",
+]

@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hybrid_engine.cache import BlockAllocator, KVCache
 from hybrid_engine.generation import GenerationLoop, Rollout, SamplingParams
-from hybrid_engine.generation.scheduler import Scheduler
+from hybrid_engine.generation.rows import Rows
+from hybrid_engine.generation.scheduler import Scheduler, Sequence
 from hybrid_engine.models import Decoder, find_family
 
 
@@ -89,6 +91,29 @@ class HybridEngine:
                 for token in loop.tokens[0, sent : int(loop.lengths[0])].tolist():
                     yield token
                     sent += 1
+
+    @torch.no_grad()
+    def forward(self, tokens: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """The decoder's forward of one sequence of T tokens, to be compared with the model's.
+
+        Returns the logits (T, V), and the residual (T, D) after each layer.
+        """
+        with contextlib.nullcontext() if self._in_rollout else self.rollout():
+            cache = self._cache_for([tokens], SamplingParams(max_new_tokens=1))
+            sequence = Sequence(index=0, prompt=tokens)
+            sequence.blocks = list(range(cache.num_blocks))
+            rows = Rows(
+                capacity=1, max_blocks=cache.num_blocks, block_size=cache.block_size,
+                device=self._decoder.device,
+            )  # fmt: skip
+            rows.append(sequence)
+            residuals: list[Tensor] = []
+            hidden = self._decoder.hidden_states(
+                rows.prefill_batch([sequence]),
+                cache,
+                on_layer=lambda _, residual: residuals.append(residual.clone()),
+            )
+            return self._decoder.logits(hidden), residuals
 
     def release(self) -> None:
         """Leave the model as if the engine had never been there. The engine can be used again."""

@@ -37,6 +37,7 @@ class GenerationLoop:
             max_blocks=cache.num_blocks,
             block_size=cache.block_size,
             device=device,
+            vocab_size=decoder.vocab_size if params.repetition_penalty != 1 else None,
         )
         self._sampling = _sampling_tensors(params, capacity, device)
         self._stop = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
@@ -111,11 +112,14 @@ class GenerationLoop:
         device = rows.tokens.device
         which = slice(rows.count) if chosen is None else torch.tensor(chosen, device=device)
         indices, steps = rows.indices[which], rows.steps[which]
-        temperature, top_k, top_p, min_p = (t[: len(indices)] for t in self._sampling)
+        temperature, top_k, top_p, min_p, penalty = (t[: len(indices)] for t in self._sampling)
         seeds = indices + (self._params.seed << 32)
+        logits = self._logits(hidden, steps)
+        seen = None if rows.seen is None else rows.seen[which]
         tokens, logprobs, truncated = ops.sample(
-            self._decoder.logits(hidden), temperature, top_k, top_p, min_p, seeds, steps
-        )
+            logits, temperature, top_k, top_p, min_p, seeds, steps,
+            None if seen is None else penalty, seen,
+        )  # fmt: skip
         self.tokens[indices, steps] = tokens
         self.logprobs[indices, steps] = logprobs
         self.truncated_logprobs[indices, steps] = truncated
@@ -123,7 +127,17 @@ class GenerationLoop:
         self.lengths[indices] = lengths
         rows.tokens[which] = tokens
         rows.steps[which] = lengths
+        if rows.seen is not None:
+            rows.seen[rows.numbers[which], tokens] = 1
         self._retire(tokens, lengths, chosen)
+
+    def _logits(self, hidden: Tensor, steps: Tensor) -> Tensor:
+        """(B, V), with the stop tokens out of reach in the first min_new_tokens steps."""
+        logits = self._decoder.logits(hidden)
+        if self._params.min_new_tokens and len(self._stop):
+            early = (steps < self._params.min_new_tokens).unsqueeze(1)
+            logits[:, self._stop] = logits[:, self._stop].masked_fill(early, float("-inf"))
+        return logits
 
     def _retire(self, tokens: Tensor, steps: Tensor, chosen: list[int] | None) -> None:
         stopped = torch.isin(tokens, self._stop)
@@ -139,8 +153,8 @@ class GenerationLoop:
 
 def _sampling_tensors(
     params: SamplingParams, rows: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Temperature, top_k, top_p and min_p of every row, as `ops.sample` takes them."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Temperature, top_k, top_p, min_p and penalty of every row, as `ops.sample` takes them."""
 
     def full(value: float, dtype: torch.dtype) -> Tensor:
         return torch.full((rows,), value, dtype=dtype, device=device)
@@ -150,4 +164,5 @@ def _sampling_tensors(
         full(params.top_k, torch.int64),
         full(params.top_p, torch.float32),
         full(params.min_p, torch.float32),
+        full(params.repetition_penalty, torch.float32),
     )

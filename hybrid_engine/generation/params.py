@@ -15,16 +15,25 @@ class SamplingParams:
     """How to pick tokens. The default samples from the whole distribution, as PPO wants it."""
 
     max_new_tokens: int = 128  # the response ends here at the latest
+    min_new_tokens: int = 0  # no stop token before so many
     temperature: float = 1.0  # divides the logits; 0: greedy
     top_k: int = 0  # keep the k most probable tokens; 0: all
     top_p: float = 1.0  # keep the fewest tokens with this mass; 1: all
     min_p: float = 0.0  # drop tokens under min_p times the largest probability
+    repetition_penalty: float = 1.0  # over 1: tokens of prompt and response get less probable
     seed: int = 0  # with the prompt's index, determines every draw
     stop_token_ids: tuple[int, ...] | None = None  # None: the model's generation_config
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be in [0, max_new_tokens={self.max_new_tokens}], got "
+                f"{self.min_new_tokens}"
+            )
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if self.top_k < 0:

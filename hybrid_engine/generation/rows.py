@@ -13,8 +13,16 @@ class Rows:
     """Fixed tensors of `capacity` rows, of which the first `count` run."""
 
     def __init__(
-        self, *, capacity: int, max_blocks: int, block_size: int, device: torch.device
+        self,
+        *,
+        capacity: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+        vocab_size: int | None = None,
     ) -> None:
+        """`vocab_size` is given when the rows must remember which tokens they have seen."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
@@ -24,8 +32,9 @@ class Rows:
         self.steps = zeros(capacity)  # response tokens so far
         self.indices = zeros(capacity)  # the prompt's place in the caller's list
         self.block_tables = zeros(capacity, max_blocks, dtype=torch.int32)
+        self.seen = None if vocab_size is None else zeros(capacity, vocab_size, dtype=torch.uint8)
         self._block_size = block_size
-        self._row_numbers = torch.arange(capacity, device=device)
+        self.numbers = torch.arange(capacity, device=device)  # 0, 1, 2, ...
 
     def append(self, sequence: Sequence) -> None:
         """A new last row for a sequence whose tokens have just been cached."""
@@ -37,13 +46,18 @@ class Rows:
             self.tokens[row] = sequence.response[-1]
         blocks = torch.tensor(sequence.blocks, dtype=torch.int32)
         self.block_tables[row, : len(blocks)] = blocks
+        if self.seen is not None:
+            self.seen[row] = 0
+            self.seen[row, sequence.prompt + sequence.response] = 1
         self.count += 1
 
     def remove(self, row: int) -> None:
         """Drop a row; the last one moves into its place."""
         self.count -= 1
-        for tensor in (self.tokens, self.lengths, self.steps, self.indices, self.block_tables):
-            tensor[row] = tensor[self.count]
+        state = (self.tokens, self.lengths, self.steps, self.indices, self.block_tables, self.seen)
+        for tensor in state:
+            if tensor is not None:
+                tensor[row] = tensor[self.count]
 
     def needing_block(self) -> list[int]:
         """Rows whose next token starts a new block."""
@@ -57,7 +71,7 @@ class Rows:
         """One token of every running row. Each row has a block for it."""
         n = self.count
         lengths = self.lengths[:n]
-        block = self.block_tables[self._row_numbers[:n], lengths // self._block_size]
+        block = self.block_tables[self.numbers[:n], lengths // self._block_size]
         return DecoderBatch(
             tokens=self.tokens[:n],
             positions=lengths,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class Decoder:
         self._family = family
         scalar = family.query_scalar(config) if family.query_scalar else self.head_dim
         self._scale = scalar**-0.5
-        self._attention_softcap: float = getattr(config, "attn_logit_softcapping", None) or 0.0
+        self._attention_softcap = _attention_softcap(config)
         self._final_softcap: float = getattr(config, "final_logit_softcapping", None) or 0.0
         self._activation = activation(family.activation(config), gated=len(family.mlp_up) == 2)
         self._parallel = bool(family.parallel_residual and family.parallel_residual(config))
@@ -95,8 +96,16 @@ class Decoder:
             for linear in layer.fused:
                 linear.release()
 
-    def hidden_states(self, batch: DecoderBatch, cache: KVCache) -> Tensor:
-        """(N, D): the last hidden states, after the final norm. Fills the cache."""
+    def hidden_states(
+        self,
+        batch: DecoderBatch,
+        cache: KVCache,
+        on_layer: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """(N, D): the last hidden states, after the final norm. Fills the cache.
+
+        `on_layer` is called after each layer with its number and the residual (N, D).
+        """
         residual = self._embed(batch)  # (N, D)
         x = self._layers[0].attention_norm(residual)
         for i, layer in enumerate(self._layers):
@@ -112,6 +121,8 @@ class Decoder:
             last = i + 1 == len(self._layers)
             norm = self._final_norm if last else self._layers[i + 1].attention_norm
             x = norm.after_adding(x, residual)
+            if on_layer:
+                on_layer(i, residual)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -185,6 +196,14 @@ class Decoder:
         cos, sin = self._rotary(like, positions)  # (1, P, R), each half repeated
         half = cos.shape[-1] // 2
         return torch.cat((cos[0, :, :half], sin[0, :, :half]), -1).contiguous()
+
+
+def _attention_softcap(config: Any) -> float:
+    """0 where the model's own attention applies none: HF's sdpa leaves it out, and rollout must
+    follow the distribution that is trained. Load Gemma 2 with eager attention to have it."""
+    if config._attn_implementation == "sdpa":
+        return 0.0
+    return getattr(config, "attn_logit_softcapping", None) or 0.0
 
 
 def alibi_slopes(heads: int) -> Tensor:

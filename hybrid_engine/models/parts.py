@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_engine import ops
 from hybrid_engine.models.family import Family
+from hybrid_engine.models.lora import base_of, lora_of
 from hybrid_engine.weights import FusedParameters, RowsByHead
 
 
@@ -19,8 +20,9 @@ class Linear:
     """One linear module. GPT-2's Conv1D stores the transpose, which is read as such."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = plain(module, nn.Linear, Conv1D)
-        self._transposed = type(module) is Conv1D
+        self._module = plain(base_of(module), nn.Linear, Conv1D)
+        self._transposed = type(self._module) is Conv1D
+        self._adapters = [lora_of(module)]
 
     def refresh(self) -> None:
         """Nothing is cached."""
@@ -39,19 +41,26 @@ class Linear:
         return self._module.bias
 
     def product(self, x: Tensor) -> Tensor:
-        """x W^T, without the bias."""
-        return F.linear(x, self.weight)
+        """x W^T with the adapters' part, without the bias."""
+        return self._adapted(F.linear(x, self.weight), x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self._adapted(F.linear(x, self.weight, self.bias), x)
+
+    def _adapted(self, out: Tensor, x: Tensor) -> Tensor:
+        if self._adapters[0]:
+            self._adapters[0].add_to(out, x)
+        return out
 
 
 class FusedLinear(Linear):
     """Linear modules with one input as one matrix product, over parameters in one buffer."""
 
-    def __init__(self, weight: Any, bias: Any | None) -> None:
+    def __init__(self, weight: Any, bias: Any | None, modules: list[nn.Module]) -> None:
         self._weight = weight  # FusedParameters or RowsByHead
         self._bias = bias
+        self._adapters = [lora_of(module) for module in modules]
+        self._widths = [base_of(module).out_features for module in modules]
 
     def refresh(self) -> None:
         self._weight.refresh()
@@ -71,24 +80,32 @@ class FusedLinear(Linear):
     def bias(self) -> Tensor | None:
         return self._bias.buffer if self._bias else None
 
+    def _adapted(self, out: Tensor, x: Tensor) -> Tensor:
+        if any(self._adapters):
+            pieces = out.split(self._widths, dim=-1)
+            for adapters, piece in zip(self._adapters, pieces, strict=True):
+                if adapters:
+                    adapters.add_to(piece, x)
+        return out
+
 
 def stacked(modules: list[nn.Module]) -> Linear:
     """The modules' outputs side by side."""
     if len(modules) == 1:
         return Linear(modules[0])
-    modules = [plain(module, nn.Linear) for module in modules]
-    biased = [module for module in modules if module.bias is not None]
+    bases = [plain(base_of(module), nn.Linear) for module in modules]
+    biased = [base for base in bases if base.bias is not None]
     bias = FusedParameters(biased, "bias") if biased else None
-    return FusedLinear(FusedParameters(modules, "weight"), bias)
+    return FusedLinear(FusedParameters(bases, "weight"), bias, modules)
 
 
 def stacked_qkv(modules: list[nn.Module], family: Family, heads: int) -> Linear:
     """Queries, then keys, then values."""
     if not family.qkv_rows_by_head:
         return stacked(modules)
-    module = plain(modules[0], nn.Linear)
+    module = plain(modules[0], nn.Linear)  # its adapters' rows would be by head too
     bias = RowsByHead(module, "bias", heads=heads) if module.bias is not None else None
-    return FusedLinear(RowsByHead(module, "weight", heads=heads), bias)
+    return FusedLinear(RowsByHead(module, "weight", heads=heads), bias, modules)
 
 
 class Norm:

@@ -46,8 +46,9 @@ CONFIGS = {
 
 def _build(family: str, **options: Any) -> nn.Module:
     """A random model, scaled until what it says depends on every token before."""
+    attention = options.pop("attn_implementation", None)
     config = AutoConfig.for_model(family, **{**CONFIGS.get(family, LLAMA), **options})
-    model: Any = AutoModelForCausalLM.from_config(config)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

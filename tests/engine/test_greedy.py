@@ -51,6 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 24}),
     "gemma2-tied": ("gemma2", {"tie_word_embeddings": True}),
     "gemma2-no-softcap": ("gemma2", dict.fromkeys(SOFTCAPS)),
+    "gemma2-softcap": ("gemma2", {"attn_implementation": "eager", **dict.fromkeys(SOFTCAPS, 2.0)}),
     "gpt2": ("gpt2", {}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
     "gpt_neox-partial-rotary": ("gpt_neox", {"rotary_pct": 0.5}),

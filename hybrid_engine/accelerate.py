@@ -1,0 +1,187 @@
+"""`accelerate(model)`: HF's own `model.generate(...)` runs on the hybrid engine from here on.
+
+HF's `generate` does all its own preparation and then calls the decoding loop that it finds on the
+model's type. So the model gets a subclass of its class, of the same name, in which that loop is
+the engine's. What the engine does not serve goes to HF's loop, with a warning that says why.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import warnings
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from hybrid_engine.engine import EngineConfig, HybridEngine
+from hybrid_engine.generation import SamplingParams
+from hybrid_engine.hf_request import NotServedError, read_request
+from hybrid_engine.self_check import SelfCheck, self_check
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Acceleration:
+    """What `accelerate` did to a model, and what came of it."""
+
+    engine: HybridEngine
+    check: SelfCheck
+    config: EngineConfig | None
+    served: int = 0  # calls of `generate` that ran on the engine
+    fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls that ran on HF
+
+
+_accelerations: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
+
+
+def accelerate(model: Model, config: EngineConfig | None = None) -> Model:
+    """Make `model.generate(...)` run on the hybrid engine; returns the model.
+
+    The model may be wrapped by PEFT, DDP or DeepSpeed. It is left as it is, with a warning, when
+    its family is unknown or when the engine's logits are not the model's.
+    """
+    target = unwrap(model)
+    if target in _accelerations:
+        return model
+    try:
+        engine = HybridEngine(target, config)
+        check = self_check(target, engine)
+    except ValueError as error:
+        _warn(f"{type(target).__name__} is not accelerated: {error}")
+        return model
+    if not check.passed:
+        engine.release()
+        _warn(f"{type(target).__name__} is not accelerated, the self-check failed: {check}")
+        return model
+    _accelerations[target] = Acceleration(engine, check, config)
+    cls: Any = type(target)
+    target.__class__ = _accelerated_class(cls)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate` without a trace; returns the model."""
+    target = unwrap(model)
+    state = _accelerations.pop(target, None)
+    if state is not None:
+        state.engine.release()
+        target.__class__ = _plain_class(type(target))
+    return model
+
+
+def acceleration(model: nn.Module) -> Acceleration | None:
+    """The state of an accelerated model: its engine, its self-check, how many calls were served."""
+    return _accelerations.get(unwrap(model))
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The causal language model inside PEFT, DDP or DeepSpeed wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+class _AcceleratedGeneration:
+    """What the subclass adds to an HF model's class."""
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        state = _accelerations[self]  # type: ignore[index]
+        try:
+            prompts, params, pad_token_id = read_request(
+                self, input_ids, logits_processor, stopping_criteria, generation_config,
+                streamer, model_kwargs,
+            )  # fmt: skip
+        except NotServedError as error:
+            _count_fallback(state, str(error))
+            return super()._sample(  # type: ignore[misc]
+                input_ids, logits_processor, stopping_criteria, generation_config,
+                synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
+            )  # fmt: skip
+        state.served += 1
+        sequences = _generate(state.engine, input_ids, prompts, params, pad_token_id)
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+        return sequences
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        _count_fallback(_accelerations[self], "beam search")  # type: ignore[index]
+        return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        _count_fallback(_accelerations[self], "assisted decoding")  # type: ignore[index]
+        return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The copy is accelerated too, on its own weights."""
+        config = _accelerations[self].config  # type: ignore[index]
+        accelerated = type(self)
+        self.__class__ = _plain_class(accelerated)
+        try:
+            duplicate = copy.deepcopy(self, memo)
+        finally:
+            self.__class__ = accelerated
+        return accelerate(duplicate, config)  # type: ignore[type-var]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the model as if it had never been accelerated."""
+        state: Any = super().__reduce_ex__(protocol)
+        # pickle's usual constructor insists on the class that the object has now
+        constructor = (copyreg._reconstructor, (_plain_class(type(self)), object, None))  # type: ignore[attr-defined]
+        return (*constructor, *state[2:])
+
+
+def _generate(
+    engine: HybridEngine,
+    input_ids: Tensor,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    pad_token_id: int,
+) -> Tensor:
+    """Left-padded prompts and right-padded responses, (B, P + T)."""
+    rollout = engine.generate(prompts, params)
+    steps = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device)
+    inside = steps < rollout.lengths.unsqueeze(1)
+    responses = torch.where(inside, rollout.tokens, pad_token_id)
+    return torch.cat((input_ids, responses.to(input_ids.device)), dim=1)
+
+
+@functools.cache
+def _accelerated_class(cls: Any) -> Any:
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (_AcceleratedGeneration, cls), names)
+
+
+def _plain_class(accelerated: type) -> type:
+    return accelerated.__bases__[1]
+
+
+def _count_fallback(state: Acceleration, reason: str) -> None:
+    if reason not in state.fallbacks:
+        _warn(f"generate runs on Hugging Face's own loop: {reason}")
+    state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"hybrid_engine: {message}", RuntimeWarning, stacklevel=4)
