@@ -16,6 +16,7 @@ from rich.table import Table
 
 from rlhf.evaluation.policy import PolicyEvaluation
 from rlhf.evaluation.throughput import Throughput
+from rlhf.models import finished_file
 
 History = Sequence[dict[str, float]]
 
@@ -41,9 +42,9 @@ def write_report(
     """Write the report as <name>.md, .json and .png (the curves), and print the summary."""
     rows = summary_rows(report)
     path = folder / f"{name}.md"
-    path.write_text(_markdown(report, rows, name))
-    path.with_suffix(".json").write_text(json.dumps(_record(report), indent=2) + "\n")
     plot_curves(report.histories, path.with_suffix(".png"))
+    _write(path.with_suffix(".json"), json.dumps(_record(report), indent=2) + "\n")
+    _write(path, _markdown(report, rows, name))
     table = Table(title="summary")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -111,8 +112,14 @@ def plot_curves(histories: dict[str, History], path: Path) -> None:
         axis.set_xlabel("PPO iteration" if step == "ppo" else "optimizer step", fontsize=8)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with finished_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
     plt.close(figure)
+
+
+def _write(path: Path, text: str) -> None:
+    with finished_file(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def _markdown(report: RunReport, rows: list[tuple[str, str]], name: str) -> str:

@@ -1,4 +1,4 @@
-"""Folders that are either whole or not there."""
+"""Folders and files that are either whole or not there."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def finished_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def finished_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` only when the block ends well."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
