@@ -82,11 +82,16 @@ def _fake_forward(hidden: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor
     return row, torch.empty_like(row), torch.empty_like(row), torch.empty_like(row)
 
 
+def _validate(hidden: Tensor, weight: Tensor, targets: Tensor, *args: object) -> None:
+    check.indices("targets", targets, weight.shape[0])
+
+
 @define_op(
     "linear_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
     "float temperature, float softcap) "
     "-> (Tensor logprobs, Tensor entropy, Tensor peak, Tensor log_mass)",
     fake=_fake_forward,
+    validate=_validate,
 )
 def linear_logprob_forward(
     hidden: Tensor,
@@ -98,7 +103,8 @@ def linear_logprob_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op under `linear_logprob`. Returns besides its results, for the backward pass, of each
     row the largest logit and log sum_v exp(logit - largest), both (N,)."""
-    _check_targets(targets, weight.shape[0])
+    if targets.device.type == "cpu":  # on a GPU it would wait; a bad target's result is NaN there
+        _validate(hidden, weight, targets)
     wide = _wide(hidden.dtype)
     mass = hidden.new_zeros(hidden.shape[0], dtype=wide)  # (N,), sum of exp(logit - peak)
     moment = torch.zeros_like(mass)  # (N,), sum of exp(logit - peak) * (logit - peak)
@@ -239,15 +245,6 @@ def _column(targets: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
     """Where the targets lie in this tile (rows, 1), and whether they do (rows,)."""
     inside = (targets >= vocab.start) & (targets < vocab.stop)
     return (targets.clamp(vocab.start, vocab.stop - 1) - vocab.start).unsqueeze(1), inside
-
-
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    """On the CPU only: on a GPU it would wait for the device, and a bad target's result is NaN."""
-    if targets.device.type != "cpu" or not targets.numel():
-        return
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(f"targets: expected in [0, {vocabulary}), got {low} to {high}")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

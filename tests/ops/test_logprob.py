@@ -35,7 +35,8 @@ def materialising(
     temperature: float = 1.0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    logits = F.linear(hidden, weight, bias)  # (N, V)
+    bias = None if bias is None else bias.to(hidden.dtype)
+    logits = F.linear(hidden, weight.to(hidden.dtype), bias)  # (N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -60,11 +61,13 @@ def make(
 
 
 def run(
-    function: Any, inputs: dict[str, Tensor], dtype: torch.dtype, **kwargs: float
+    function: Any, inputs: dict[str, Tensor], dtype: torch.dtype | None = None, **kwargs: float
 ) -> dict[str, Tensor]:
-    """Results and gradients, from both outputs with fixed random weights."""
+    """Results and gradients, from both outputs with fixed random weights; None: dtypes as given."""
     leaves = {
-        name: value.detach().to(dtype).requires_grad_() if value.is_floating_point() else value
+        name: value.detach().to(dtype or value.dtype).requires_grad_()
+        if value.is_floating_point()
+        else value
         for name, value in inputs.items()
     }
     logprobs, entropy = function(**leaves, **kwargs)
@@ -75,7 +78,9 @@ def run(
     return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), **gradients}
 
 
-def assert_as_good_as_plain(inputs: dict[str, Tensor], dtype: torch.dtype, **kwargs: float) -> None:
+def assert_as_good_as_plain(
+    inputs: dict[str, Tensor], dtype: torch.dtype | None = None, **kwargs: float
+) -> None:
     """Error <= 2x the plain version's, or one rounding of the result, both as a norm."""
     truth = run(materialising, inputs, torch.float64, **kwargs)
     plain = run(materialising, inputs, dtype, **kwargs)
@@ -105,6 +110,13 @@ def test_temperature_and_softcap(
 ) -> None:
     inputs = make((63, 33, 257), dtype, device)
     assert_as_good_as_plain(inputs, dtype, temperature=temperature, softcap=softcap)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
+def test_weight_in_fp32_under_autocast(dtype: torch.dtype, device: str) -> None:
+    inputs = make((63, 33, 257), torch.float32, device)
+    assert_as_good_as_plain(inputs | {"hidden": inputs["hidden"].to(dtype)})
 
 
 @pytest.mark.usefixtures("_tiling")
@@ -266,8 +278,14 @@ def test_runs_without_gradients() -> None:
         ({"weight": torch.zeros(6, 5)}, r"weight: expected \[any, 4\], got \[6, 5\]"),
         ({"targets": torch.zeros(2, dtype=torch.int64)}, r"targets: expected \[3\], got \[2\]"),
         ({"targets": torch.zeros(3, dtype=torch.int32)}, r"targets: expected torch.int64"),
-        ({"targets": torch.tensor([0, 6, 1])}, r"targets: expected in \[0, 6\), got 0 to 6"),
-        ({"targets": torch.tensor([0, -1, 1])}, r"targets: expected in \[0, 6\), got -1 to 1"),
+        (
+            {"targets": torch.tensor([0, 6, 1])},
+            r"targets: expected indices in \[0, 6\), got 6 at \[1\]",
+        ),
+        (
+            {"targets": torch.tensor([0, -1, 1])},
+            r"targets: expected indices in \[0, 6\), got -1 at \[1\]",
+        ),
         ({"bias": torch.zeros(5)}, r"bias: expected \[6\], got \[5\]"),
         ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, r"hidden: expected a floating dtype"),
         ({"temperature": 0.0}, r"temperature: expected above 0, got 0.0"),
