@@ -54,8 +54,8 @@ Tensor launch_attention(const Tensor& q, PagedAttention& args) {
   if (out.numel() == 0) return out;
   args.out = out.mutable_data_ptr();
   Launch launch(q);
-  Tensor workspace = torch::stable::new_empty(q, {HE_DEVICE::paged_attention_workspace(args)},
-                                              ScalarType::Float);
+  Tensor workspace =
+      torch::stable::new_empty(q, {HE_DEVICE::paged_attention_workspace(args)}, ScalarType::Float);
   args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   HE_DEVICE::paged_attention(args, launch.stream());
   return out;

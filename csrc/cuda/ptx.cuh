@@ -1,4 +1,5 @@
-// Instructions that CUDA C++ has no name for: cp.async, ldmatrix and mma.sync (sm_80 and later).
+// Instructions that CUDA C++ has no name for: cp.async, ex2, ldmatrix and mma.sync (sm_80 and
+// later).
 // This is the only file with inline PTX; the emulator has a C++ twin of each function.
 #pragma once
 
@@ -35,6 +36,16 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kPendingGroups>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPendingGroups) : "memory");
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+// 2^x within 2 units in the last place, one instruction where exp2f takes four: subnormal results
+// are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 // ---- ldmatrix -----------------------------------------------------------------------------------

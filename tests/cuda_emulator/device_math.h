@@ -57,6 +57,10 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   return T(a) > T(b) ? T(a) : T(b);
 }
 
+namespace he::cuda {
+inline float exp2_approx(float x) { return std::exp2(x); }  // of csrc/cuda/ptx.cuh
+}  // namespace he::cuda
+
 // ---- bits ---------------------------------------------------------------------------------------
 
 namespace he::emulator {
