@@ -40,7 +40,10 @@ __device__ __forceinline__ void store_floats(T* destination,       // [count], w
     Pack<T> pack;
 #pragma unroll
     for (int j = 0; j < Pack<T>::kSize; ++j) pack[j] = from_float<T>(values[j]);
-    store_pack(destination, pack);
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    // By an intrinsic: nvcc splits a plain store where it cannot derive the alignment by itself.
+    __stwb(reinterpret_cast<uint4*>(destination), bits);
   } else {
 #pragma unroll
     for (int j = 0; j < Pack<T>::kSize; ++j) {
