@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -21,30 +22,48 @@ from rich.progress import (
 
 
 class Tracker:
-    """The metrics of one step of the pipeline, in `<folder>/<name>.jsonl` and TensorBoard."""
+    """The metrics of one step of the pipeline, in `<folder>/<name>.jsonl` and TensorBoard.
+
+    Each step is on disk when `log` returns. Raises OSError where it cannot be written.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second that --help need not pay
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
+        board = folder / "tensorboard" / name
+        board.mkdir(parents=True, exist_ok=True)
         self.history: list[dict[str, float]] = []
-        self._file = (folder / f"{name}.jsonl").open("w")
-        self._board = SummaryWriter(str(folder / "tensorboard" / name))
+        self._path = folder / f"{name}.jsonl"
+        self._lines = self._path.open("w")
+        self._board = RecordWriter((board / f"events.out.tfevents.{time.time_ns()}").open("wb"))
+        self._write({}, {"file_version": "brain.Event:2"})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         record = {"step": step, **metrics}
         self.history.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
+        self._write(record, {"step": step, "summary": {"value": values}})
+
+    def _write(self, record: dict[str, float], event: dict[str, Any]) -> None:
+        """By hand, since TensorBoard's own writer is a thread, which fails too late and aloud."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        try:
+            if record:
+                self._lines.write(json.dumps(record) + "\n")
+                self._lines.flush()
+            self._board.write(Event(wall_time=time.time(), **event).SerializeToString())
+            self._board.flush()
+        except OSError as error:
+            raise OSError(f"cannot write the metrics beside {self._path}: {error}") from error
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._board.close()
+        for file in (self._lines, self._board):
+            with contextlib.suppress(OSError):  # of what is left of a write that failed and said so
+                file.close()
 
 
 class ProgressBar:

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hybrid_engine.models import find_family
+from hybrid_engine.models import FAMILIES, find_family
 
 
 def load_causal_lm(
@@ -42,6 +42,11 @@ def build_causal_lm(
     }
     options = {"vocab_size": len(tokenizer), **tokens, **init}
     model_type = options.pop("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model.init: the hybrid engine does not know the model family {model_type!r}; it "
+            f"knows {', '.join(sorted(FAMILIES))}"
+        )
     try:
         config = AutoConfig.for_model(model_type, **options)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -39,6 +40,20 @@ def test_an_error_closes_the_files(tmp_path: Path) -> None:
         raise KeyError
     with pytest.raises(ValueError, match="closed file"):
         tracker.log(1, {"loss": 2.0})
+
+
+def test_a_full_disk_is_said_at_once(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker = Tracker(tmp_path, "sft")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with (
+            pytest.raises(OSError, match=r"cannot write the metrics .*sft.jsonl.*too large"),
+            tracker,
+        ):
+            tracker.log(1, {f"metric{i}": 0.5 for i in range(10)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_progress_bar_says_where_it_is_and_how_fast(tmp_path: Path) -> None:
