@@ -75,7 +75,7 @@ class HybridEngine:
         """
         params = params or SamplingParams()
         with contextlib.nullcontext() if self._in_rollout else self.rollout():
-            loop = self._start(prompts, params)
+            loop = self._start([p for p in prompts for _ in range(params.n)], params)
             while not loop.done:
                 loop.step()
         return loop.rollout(self._pad_token_id())
@@ -109,7 +109,7 @@ class HybridEngine:
             rows.append(sequence)
             residuals: list[Tensor] = []
             hidden = self._decoder.hidden_states(
-                rows.prefill_batch([sequence]),
+                rows.prefill_batch([sequence], [0]),
                 cache,
                 on_layer=lambda _, residual: residuals.append(residual.clone()),
             )
@@ -160,7 +160,8 @@ class HybridEngine:
         """A cache with room for the longest sequence at least, and for all that run if allowed."""
         decoder, config = self._decoder, self._config
         needs = sorted(-(-(len(p) + params.max_new_tokens) // config.block_size) for p in prompts)
-        wanted = sum(needs[-config.max_running :])
+        running = needs[-config.max_running :]
+        wanted = sum(running) + len(running)  # the scheduler keeps one free for each that runs
         if config.max_cache_gb is not None:
             size = KVCache.bytes_per_block(
                 layers=decoder.num_layers, kv_heads=decoder.kv_heads,

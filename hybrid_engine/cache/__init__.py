@@ -1,6 +1,7 @@
-"""The paged KV cache and its blocks."""
+"""The paged KV cache, its blocks, and which prompts share them."""
 
 from hybrid_engine.cache.allocator import BlockAllocator, OutOfBlocksError
 from hybrid_engine.cache.kv_cache import KVCache
+from hybrid_engine.cache.prefix import PrefixIndex
 
-__all__ = ["BlockAllocator", "KVCache", "OutOfBlocksError"]
+__all__ = ["BlockAllocator", "KVCache", "OutOfBlocksError", "PrefixIndex"]

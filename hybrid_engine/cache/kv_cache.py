@@ -29,6 +29,10 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
 
+    def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
+        """Copy whole blocks, keys and values of all layers."""
+        self._storage[:, :, destinations] = self._storage[:, :, sources]
+
     @staticmethod
     def bytes_per_block(
         *, layers: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype

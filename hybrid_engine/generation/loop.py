@@ -73,17 +73,33 @@ class GenerationLoop:
         )
 
     def _prefill(self, admitted: list[Sequence]) -> None:
+        row_of = {}
         for sequence in admitted:
+            row_of[sequence.index] = self._rows.count
             self._rows.append(sequence)
-        batch = self._rows.prefill_batch(admitted)
+        computed = [sequence for sequence in admitted if sequence.twin is None]
+        batch = self._rows.prefill_batch(computed, [row_of[s.index] for s in computed])
         hidden = self._decoder.hidden_states(batch, self._cache)
+        self._copy_partial_blocks(admitted)
         assert batch.cu_seqlens is not None
-        first_row = self._rows.count - len(admitted)
-        # A recomputed sequence has its next token already.
-        fresh = [i for i, sequence in enumerate(admitted) if not sequence.response]
+        last = (batch.cu_seqlens[1:] - 1).tolist()
+        last_of = {s.index: place for s, place in zip(computed, last, strict=True)}
+        # A recomputed sequence has its next token already; a twin's last hidden state is shared.
+        fresh = [sequence for sequence in admitted if not sequence.response]
         if fresh:
-            last = batch.cu_seqlens[1:].long()[fresh] - 1
-            self._sample(hidden[last], [first_row + i for i in fresh])
+            places = [last_of[(s.twin or s).index] for s in fresh]
+            self._sample(hidden[places], [row_of[s.index] for s in fresh])
+
+    def _copy_partial_blocks(self, admitted: list[Sequence]) -> None:
+        """A twin writes its response into a last block of its own."""
+        pairs = [
+            (sequence.twin.blocks[-1], sequence.blocks[-1])
+            for sequence in admitted
+            if sequence.twin is not None and len(sequence.tokens) % self._cache.block_size
+        ]
+        if pairs:
+            sources, destinations = zip(*pairs, strict=True)
+            self._cache.copy_blocks(list(sources), list(destinations))
 
     def _decode(self) -> None:
         for row in self._rows.needing_block():

@@ -21,7 +21,8 @@ class SamplingParams:
     top_p: float = 1.0  # keep the fewest tokens with this mass; 1: all
     min_p: float = 0.0  # drop tokens under min_p times the largest probability
     repetition_penalty: float = 1.0  # over 1: tokens of prompt and response get less probable
-    seed: int = 0  # with the prompt's index, determines every draw
+    n: int = 1  # responses to each prompt, one after the other in the rollout
+    seed: int = 0  # with the response's place in the rollout, determines every draw
     stop_token_ids: tuple[int, ...] | None = None  # None: the model's generation_config
 
     def __post_init__(self) -> None:
@@ -34,6 +35,8 @@ class SamplingParams:
             )
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if self.top_k < 0:
@@ -48,7 +51,7 @@ class SamplingParams:
 
 @dataclass
 class Rollout:
-    """The responses to B prompts, right-padded to the longest, T."""
+    """B responses, n to each prompt, right-padded to the longest, T."""
 
     tokens: Tensor  # (B, T) int64; pad_token_id after the end
     logprobs: Tensor  # (B, T) fp32, of the whole distribution at the temperature; 0 after

@@ -80,26 +80,29 @@ class Rows:
             seq_lens=(lengths + 1).int(),
         )
 
-    def prefill_batch(self, sequences: list[Sequence]) -> DecoderBatch:
-        """All tokens of the last rows, which hold `sequences`."""
+    def prefill_batch(self, sequences: list[Sequence], rows: list[int]) -> DecoderBatch:
+        """The tokens of `sequences`, held by `rows`, that are not cached yet."""
         device = self.tokens.device
-        counts = [len(sequence.tokens) for sequence in sequences]
-        tokens = [token for sequence in sequences for token in sequence.tokens]
-        slots = [slot for sequence in sequences for slot in self._slots(sequence)]
-        positions = torch.cat([torch.arange(count) for count in counts])
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        counts = [n - sequence.cached for n, sequence in zip(lengths, sequences, strict=True)]
+        tokens = [token for sequence in sequences for token in sequence.tokens[sequence.cached :]]
+        positions = [
+            i for n, sequence in zip(lengths, sequences, strict=True)
+            for i in range(sequence.cached, n)
+        ]  # fmt: skip
+        slots = [slot for sequence in sequences for slot in self._new_slots(sequence)]
         ends = torch.tensor([0, *counts]).cumsum(0)
-        first = self.count - len(sequences)
         return DecoderBatch(
             tokens=torch.tensor(tokens, device=device),
-            positions=positions.to(device),
+            positions=torch.tensor(positions, device=device),
             slot_mapping=torch.tensor(slots, device=device),
-            block_tables=self.block_tables[first : self.count],
-            seq_lens=torch.tensor(counts, dtype=torch.int32, device=device),
+            block_tables=self.block_tables[rows],
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
             cu_seqlens=ends.to(torch.int32).to(device),
             max_query_len=max(counts),
         )
 
-    def _slots(self, sequence: Sequence) -> list[int]:
+    def _new_slots(self, sequence: Sequence) -> list[int]:
         size = self._block_size
-        count = len(sequence.tokens)
-        return [sequence.blocks[i // size] * size + i % size for i in range(count)]
+        places = range(sequence.cached, len(sequence.tokens))
+        return [sequence.blocks[i // size] * size + i % size for i in places]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from hybrid_engine.cache import BlockAllocator
+from hybrid_engine.cache import BlockAllocator, PrefixIndex
 
 
 @dataclass
@@ -16,6 +16,8 @@ class Sequence:
     prompt: list[int]
     response: list[int] = field(default_factory=list)  # what was generated before a preemption
     blocks: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens whose keys and values are there at admission, in shared blocks
+    twin: Sequence | None = field(default=None, repr=False)  # admitted with it, same prompt
 
     @property
     def tokens(self) -> list[int]:
@@ -38,6 +40,7 @@ class Scheduler:
         self.waiting = deque(Sequence(i, prompt) for i, prompt in enumerate(prompts))
         self.running: list[Sequence] = []  # row i of the batch runs running[i]
         self._allocator = allocator
+        self._prefixes = PrefixIndex(block_size)
         self._block_size = block_size
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
@@ -50,22 +53,32 @@ class Scheduler:
         """Move waiting sequences to the end of `running`; they have blocks for their tokens.
 
         While others run, one block each stays free for their growth, so that admitting one does
-        not preempt another at once.
+        not preempt another at once. A sequence shares the full blocks of a beginning that is
+        cached. One whose whole prompt is admitted in the same call has that sequence as its
+        `twin`: nothing of it needs computing, only a last block that is partly filled, copying.
         """
         admitted: list[Sequence] = []
+        fresh: dict[tuple[int, ...], Sequence] = {}  # by prompt, of those without a response
         budget = self._max_prefill_tokens
         while self.waiting and len(self.running) < self._max_running:
             sequence = self.waiting[0]
-            length = len(sequence.tokens)
-            needed = self._blocks_for(length)
-            reserve = len(self.running)
-            if needed + reserve > self._allocator.num_free or (admitted and length > budget):
+            tokens = sequence.tokens
+            twin = None if sequence.response else fresh.get(tuple(tokens))
+            shared, cached = self._shared_blocks(tokens, twin)
+            needed = self._blocks_for(len(tokens)) - len(shared)
+            reserve, work = len(self.running), len(tokens) - cached
+            if needed + reserve > self._allocator.num_free or (admitted and work > budget):
                 break
             self.waiting.popleft()
-            sequence.blocks = self._allocator.allocate(needed)
-            budget -= length
+            self._allocator.share(shared)
+            sequence.blocks = shared + self._allocator.allocate(needed)
+            sequence.cached, sequence.twin = cached, twin
+            self._prefixes.add(tokens, sequence.blocks)
+            budget -= work
             admitted.append(sequence)
             self.running.append(sequence)
+            if not sequence.response:
+                fresh.setdefault(tuple(tokens), sequence)
         assert admitted or self.running or not self.waiting, "one sequence must always fit"
         return admitted
 
@@ -89,12 +102,20 @@ class Scheduler:
 
     def _remove(self, row: int) -> Sequence:
         sequence = self.running[row]
-        self._allocator.free(sequence.blocks)
+        self._prefixes.forget(self._allocator.free(sequence.blocks))
         sequence.blocks = []
+        sequence.twin = None
         last = self.running.pop()
         if last is not sequence:
             self.running[row] = last
         return sequence
+
+    def _shared_blocks(self, tokens: list[int], twin: Sequence | None) -> tuple[list[int], int]:
+        """Blocks to share, and the tokens of the sequence that need no computing."""
+        if twin is not None:
+            return twin.blocks[: len(tokens) // self._block_size], len(tokens)
+        blocks = self._prefixes.match(tokens[:-1])  # the last token's hidden state is needed
+        return blocks, len(blocks) * self._block_size
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
