@@ -13,7 +13,7 @@ GROUP = tl.constexpr(16)  # blocks of rows that run side by side and share what 
 
 
 def tile_shape(dtype: torch.dtype) -> dict[str, Any]:
-    """Launch of the products. Half precision takes 96 KiB of shared memory: two a Hopper SM."""
+    """Blocks, warps and stages of the products; 96 KiB of shared memory in half precision."""
     if dtype == torch.float32:
         exact = torch.get_float32_matmul_precision() == "highest"
         shape = {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
