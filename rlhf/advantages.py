@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hybrid_engine import ops
+
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the True positions of mask; both (B, T). 0 if there are none."""
@@ -12,11 +14,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
-    """Scale the masked entries to variance 1 and, unless `keep_mean`, mean 0; 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean).square(), mask)
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask, white + mean if keep_mean else white, 0.0)
+    """Scale the masked entries to variance 1 and, unless `keep_mean`, mean 0; 0 elsewhere.
+
+    The variance is the unbiased one (n - 1), as TRL has it.
+    """
+    return ops.masked_whiten(x, mask, None, not keep_mean)
 
 
 def shape_rewards(
@@ -48,13 +50,4 @@ def gae(
 
     Returns advantages and returns, (B, T), 0 outside the mask.
     """
-    values = values * mask
-    advantages = torch.zeros_like(values)
-    following = torch.zeros_like(values[:, 0])  # A_{t+1}, (B,)
-    next_values = torch.zeros_like(following)  # V_{t+1}, (B,)
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_values - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
-        advantages[:, t] = following
-        next_values = values[:, t]
-    return advantages, (advantages + values) * mask
+    return ops.gae(rewards, values, mask, gamma, lam)

@@ -96,7 +96,7 @@ def test_experience_is_the_loop(make, scorer, name: str, family: str) -> None:
             found = getattr(experience, field)[i]
             torch.testing.assert_close(found[:length], expected, msg=lambda m, f=field: f"{f}: {m}")
             assert (found[length:] == 0).all(), field
-    white = (unwhitened - unwhitened.mean()) / unwhitened.std(correction=0)
+    white = (unwhitened - unwhitened.mean()) / unwhitened.std()
     mask = experience.response_mask
     torch.testing.assert_close(experience.advantages[mask], white, rtol=1e-4, atol=1e-5)
     assert (experience.advantages[~mask] == 0).all()
