@@ -87,7 +87,7 @@ def build_cuda(csrc: Path) -> Path:
     nvcc, compiler = find_nvcc(), find_compiler()
     host = [*torch_compile_flags(csrc), "-O3", "-DHE_DEVICE=cuda"]
     device = ["-ccbin", compiler, "-std=c++17", "-O3", "-DHE_DEVICE=cuda", f"-I{csrc}"]
-    device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+    device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "--threads", "2"]
     for architecture in CUDA_ARCHITECTURES:
         device += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
     commands = {".cu": (nvcc, *device), ".cpp": (compiler, *host)}

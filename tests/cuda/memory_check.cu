@@ -1,0 +1,196 @@
+// Launches the kernels of norm, activation, rope and sampling on each of their paths, in buffers
+// that end where the data ends, for the tools that watch memory: AddressSanitizer and
+// ThreadSanitizer under the emulator, compute-sanitizer on a GPU. Other tests compare the results.
+//   memory_check FAMILY [quick]
+// `quick` leaves out the sizes that a slow tool would spend minutes on.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cuda/common.cuh"
+
+namespace he::cuda {
+namespace {
+
+#ifdef HE_CUDA_EMULATOR
+void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes) != 0) throw std::bad_alloc();
+  return memory;
+}
+void release(void* memory) { std::free(memory); }
+void upload(void* memory, const void* data, size_t bytes) { std::memcpy(memory, data, bytes); }
+void finish() {}
+#else
+void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  check_cuda(cudaMalloc(&memory, bytes), "cannot allocate device memory");
+  return memory;
+}
+void release(void* memory) { cudaFree(memory); }
+void upload(void* memory, const void* data, size_t bytes) {
+  check_cuda(cudaMemcpy(memory, data, bytes, cudaMemcpyHostToDevice), "cannot copy to the device");
+}
+void finish() { check_cuda(cudaDeviceSynchronize(), "a kernel failed"); }
+#endif
+
+// The memory of one launch.
+class Buffers {
+ public:
+  Buffers() = default;
+  Buffers(const Buffers&) = delete;
+  ~Buffers() {
+    for (void* memory : owned_) release(memory);
+  }
+
+  template <typename T>
+  T* of(const std::vector<T>& values) {
+    owned_.push_back(allocate(values.size() * sizeof(T)));
+    upload(owned_.back(), values.data(), values.size() * sizeof(T));
+    return static_cast<T*>(owned_.back());
+  }
+
+  // Numbers in [1, 2); `shift` elements behind a 16-byte boundary.
+  void* numbers(DType dtype, int64_t count, int64_t shift = 0) {
+    if (dtype == DType::kFloat32) {
+      std::vector<uint32_t> bits(count + shift);
+      for (uint32_t& b : bits) b = 0x3f800000u | (std::rand() & 0x7fffff);
+      return of(bits) + shift;
+    }
+    const bool brain = dtype == DType::kBFloat16;
+    std::vector<uint16_t> bits(count + shift);
+    for (uint16_t& b : bits)
+      b = brain ? 0x3f80 | (std::rand() & 0x7f) : 0x3c00 | (std::rand() & 0x3ff);
+    return of(bits) + shift;
+  }
+
+ private:
+  std::vector<void*> owned_;
+};
+
+using Sizes = std::vector<int64_t>;
+
+void norms(DType dtype, bool quick) {
+  const Sizes all_dims{1, 7, 63, 257, 512, 520, 4096, 16384, 20001};
+  for (int64_t dim : quick ? Sizes{63, 520} : all_dims) {
+    Buffers b;
+    const int64_t rows = 3, count = rows * dim, shift = dim == 520;
+    const auto row = [&] { return b.numbers(dtype, dim, shift); };
+    const auto all = [&] { return b.numbers(dtype, count, shift); };
+    rms_norm(all(), all(), nullptr, row(), rows, dim, 1e-6f, 1.f, dtype, nullptr);
+    layer_norm(all(), all(), all(), row(), row(), rows, dim, 1e-6f, dtype, nullptr);
+    finish();
+  }
+}
+
+void activations(DType dtype, bool) {
+  for (int64_t dim : {1, 7, 63, 257, 512, 4104}) {
+    for (auto kind :
+         {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu}) {
+      Buffers b;
+      const int64_t rows = 3, count = rows * dim, shift = dim == 512;
+      const auto all = [&] { return b.numbers(dtype, count, shift); };
+      activation_and_mul(all(), b.numbers(dtype, 2 * count, shift), rows, dim, kind, dtype,
+                         nullptr);
+      bias_activation(all(), all(), b.numbers(dtype, dim, shift), rows, dim, kind, dtype, nullptr);
+      bias_activation(all(), all(), nullptr, rows, dim, kind, dtype, nullptr);
+      finish();
+    }
+  }
+}
+
+void ropes(DType dtype, bool) {
+  struct Heads {
+    int64_t heads, kv_heads, head_dim, rotary, shift;
+  };
+  for (const Heads& h :
+       {Heads{4, 2, 64, 64, 0}, Heads{4, 1, 64, 20, 0}, Heads{3, 3, 7, 6, 0},
+        Heads{40, 8, 128, 128, 0}, Heads{2, 1, 80, 32, 1}, Heads{1, 1, 576, 0, 0}}) {
+    for (bool interleaved : {false, true}) {
+      Buffers b;
+      constexpr int64_t kTokens = 3, kBlocks = 2, kBlockSize = 5, kPositions = 9;
+      const int64_t width = (h.heads + 2 * h.kv_heads) * h.head_dim;
+      const int64_t cache = kBlocks * h.kv_heads * kBlockSize * h.head_dim;
+      const auto numbers = [&](int64_t count) { return b.numbers(dtype, count, h.shift); };
+      RopeAndStoreKv a{};
+      a.q = numbers(kTokens * h.heads * h.head_dim);
+      a.k_cache = numbers(cache);
+      a.v_cache = numbers(cache);
+      a.qkv = numbers(kTokens * width);
+      a.bias = numbers(width);
+      a.q_norm = numbers(h.head_dim);
+      a.k_norm = numbers(h.head_dim);
+      const void* table = b.numbers(DType::kFloat32, kPositions * h.rotary + 1);
+      a.cos_sin = h.rotary ? static_cast<const float*>(table) : nullptr;
+      a.positions = b.of(std::vector<int64_t>{0, kPositions - 1, 4});
+      a.slot_mapping = b.of(std::vector<int64_t>{kBlocks * kBlockSize - 1, -1, 0});
+      a.tokens = kTokens;
+      a.num_heads = h.heads;
+      a.num_kv_heads = h.kv_heads;
+      a.head_dim = h.head_dim;
+      a.block_size = kBlockSize;
+      a.rotary_dim = h.rotary;
+      a.norm_eps = 1e-6f;
+      a.interleaved = interleaved;
+      a.dtype = dtype;
+      rope_and_store_kv(a, nullptr);
+      finish();
+    }
+  }
+}
+
+void samples(DType dtype, bool quick) {
+  for (int64_t vocab : quick ? Sizes{257} : Sizes{1, 7, 257, 1024, 33001}) {
+    for (bool penalised : {false, true}) {
+      Buffers b;
+      Sample a{};
+      a.rows = 5;  // all tokens, greedy, top-k, top-p, everything
+      a.vocab = vocab;
+      a.dtype = dtype;
+      a.logits = b.numbers(dtype, a.rows * vocab, vocab == 1024);
+      a.tokens = b.of(std::vector<int64_t>(a.rows));
+      a.logprobs = b.of(std::vector<float>(a.rows));
+      a.truncated_logprobs = b.of(std::vector<float>(a.rows));
+      a.temperature = b.of(std::vector<float>{1.f, 0.f, 1.f, 2.f, 0.7f});
+      a.top_k = b.of(std::vector<int64_t>{0, 0, 5, 0, 40});
+      a.top_p = b.of(std::vector<float>{1.f, 1.f, 1.f, 0.5f, 0.8f});
+      a.min_p = b.of(std::vector<float>{0.f, 0.f, 0.f, 0.f, 0.02f});
+      a.seeds = b.of(std::vector<int64_t>{1, 2, 3, 4, 5});
+      a.positions = b.of(std::vector<int64_t>{0, 1, 2, 3, int64_t{1} << 40});
+      if (penalised) {
+        a.repetition_penalty = b.of(std::vector<float>(a.rows, 1.5f));
+        a.seen = b.of(std::vector<uint8_t>(a.rows * vocab, 1));
+      }
+      sample(a, nullptr);
+      finish();
+    }
+  }
+}
+
+void run(const std::string& family, DType dtype, bool quick) {
+  if (family == "norm") return norms(dtype, quick);
+  if (family == "activation") return activations(dtype, quick);
+  if (family == "rope") return ropes(dtype, quick);
+  if (family == "sampling") return samples(dtype, quick);
+  throw std::runtime_error("no family " + family);
+}
+
+}  // namespace
+}  // namespace he::cuda
+
+int main(int count, char** arguments) {
+  if (count < 2) {
+    std::fputs("usage: memory_check FAMILY [quick]\n", stderr);
+    return 2;
+  }
+  try {
+    const bool quick = count > 2;
+    he::cuda::run(arguments[1], he::DType::kBFloat16, quick);
+    if (!quick) he::cuda::run(arguments[1], he::DType::kFloat32, quick);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+  std::puts("done");
+  return 0;
+}
