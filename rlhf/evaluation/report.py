@@ -106,8 +106,10 @@ def plot_curves(histories: dict[str, History], path: Path) -> None:
     for axis in axes.flat[len(shown) :]:
         axis.remove()
     for axis, (step, metric, title) in zip(axes.flat, shown, strict=False):
-        points = [(record["step"], record[metric]) for record in histories[step]]
-        axis.plot(*zip(*points, strict=True), linewidth=1.2)
+        steps = [record["step"] for record in histories[step]]
+        values = [record[metric] for record in histories[step]]
+        axis.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8)
+        axis.plot(steps, _smooth(values), color="C0", linewidth=1.5)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("PPO iteration" if step == "ppo" else "optimizer step", fontsize=8)
         axis.grid(alpha=0.3)
@@ -120,6 +122,13 @@ def plot_curves(histories: dict[str, History], path: Path) -> None:
 def _write(path: Path, text: str) -> None:
     with finished_file(path) as unfinished:
         unfinished.write_text(text)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """The mean over the last twentieth of the run before each point."""
+    width = max(1, len(values) // 20)
+    windows = (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _markdown(report: RunReport, rows: list[tuple[str, str]], name: str) -> str:
