@@ -11,9 +11,7 @@ Tensor activation_and_mul(const Tensor& x, Activation activation) {
   check_contiguous("x", x);
   const DType dtype = float_dtype("x", x);
   const int64_t dim = x.size(rank - 1) / 2;
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = dim;
-  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor out = result_with_last(x, dim);
   if (out.numel() == 0) return out;
   Launch launch(x);
   HE_DEVICE::activation_and_mul(out.mutable_data_ptr(), x.const_data_ptr(), out.numel() / dim, dim,
@@ -27,7 +25,7 @@ Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, Activation a
   const int64_t dim = x.size(x.dim() - 1);
   check_operand("bias", bias, {dim}, x.scalar_type(), x);
   const DType dtype = float_dtype("x", x);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = result_like(x);
   if (out.numel() == 0) return out;
   Launch launch(x);
   HE_DEVICE::bias_activation(out.mutable_data_ptr(), x.const_data_ptr(), data_or_null(bias),

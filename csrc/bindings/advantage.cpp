@@ -11,8 +11,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
   const int64_t rows = rewards.size(0), length = rewards.size(1);
   check_operand("values", values, {rows, length}, ScalarType::Float, rewards);
   check_operand("mask", mask, {rows, length}, ScalarType::Bool, rewards);
-  Tensor advantages = torch::stable::empty_like(rewards);
-  Tensor returns = torch::stable::empty_like(rewards);
+  Tensor advantages = result_like(rewards);
+  Tensor returns = result_like(rewards);
   if (rewards.numel() == 0) return {advantages, returns};
   Gae args{};
   args.advantages = static_cast<float*>(advantages.mutable_data_ptr());
@@ -42,7 +42,7 @@ void check_masked(const Tensor& x, const Tensor& mask) {
 
 Tensor masked_moments(const Tensor& x, const Tensor& mask) {
   check_masked(x, mask);
-  Tensor moments = torch::stable::new_empty(x, {3}, ScalarType::Double);
+  Tensor moments = new_result(x, {3}, ScalarType::Double);
   Launch launch(x);
   HE_DEVICE::masked_moments(static_cast<double*>(moments.mutable_data_ptr()), data<float>(x),
                             data<uint8_t>(mask), x.numel(), launch.stream());
@@ -54,7 +54,7 @@ Tensor masked_whiten(const Tensor& x, const Tensor& mask, const OptionalTensor& 
   check_masked(x, mask);
   check_operand("moments", moments, {3}, ScalarType::Double, x);
   const Tensor known = moments ? *moments : masked_moments(x, mask);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = result_like(x);
   if (x.numel() == 0) return out;
   Launch launch(x);
   HE_DEVICE::masked_whiten(static_cast<float*>(out.mutable_data_ptr()), data<float>(x),

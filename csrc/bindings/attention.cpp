@@ -50,12 +50,11 @@ PagedAttention checked(const Inputs& in, double scale, int64_t window, double so
 }
 
 Tensor launch_attention(const Tensor& q, PagedAttention& args) {
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = result_like(q);
   if (out.numel() == 0) return out;
   args.out = out.mutable_data_ptr();
   Launch launch(q);
-  Tensor workspace =
-      torch::stable::new_empty(q, {HE_DEVICE::paged_attention_workspace(args)}, ScalarType::Float);
+  Tensor workspace = new_result(q, {HE_DEVICE::paged_attention_workspace(args)}, ScalarType::Float);
   args.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   HE_DEVICE::paged_attention(args, launch.stream());
   return out;

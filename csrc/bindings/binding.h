@@ -10,9 +10,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -134,6 +138,74 @@ inline void check_operand(const char* name, const OptionalTensor& tensor,
                           std::initializer_list<int64_t> shape, ScalarType dtype,
                           const Tensor& first) {
   if (tensor) check_operand(name, *tensor, shape, dtype, first);
+}
+
+inline int32_t shim_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    default:
+      STD_TORCH_CHECK(false, "no op returns ", dtype_name(type));
+  }
+  return 0;
+}
+
+// With HYBRID_ENGINE_CHECK=1 results start as NaN, or the largest integer: what a kernel leaves
+// unwritten shows.
+inline void poison(Tensor& tensor) {
+  static const bool wanted = [] {
+    const char* value = std::getenv("HYBRID_ENGINE_CHECK");
+    return value != nullptr && std::string(value) == "1";
+  }();
+  if (!wanted || tensor.numel() == 0) return;
+  const bool integral = tensor.scalar_type() == ScalarType::Long;
+  torch::stable::fill_(tensor, integral ? 9.2e18 : std::numeric_limits<double>::quiet_NaN());
+}
+
+// A new contiguous tensor on the device of `like`. It comes straight from the allocator: the way
+// through the dispatcher takes as long as a small kernel.
+inline Tensor new_result(const Tensor& like, const int64_t* sizes, size_t rank, ScalarType dtype) {
+  constexpr size_t kMostDimensions = 16;
+  STD_TORCH_CHECK(rank <= kMostDimensions, "expected at most ", kMostDimensions,
+                  " dimensions, got ", rank);
+  int64_t strides[kMostDimensions], count = 1;
+  for (size_t i = rank; i-- > 0;) {
+    strides[i] = count;
+    count *= std::max<int64_t>(1, sizes[i]);
+  }
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes, strides,
+                                                  shim_dtype(dtype), device_type,
+                                                  like.get_device_index(), &handle));
+  Tensor tensor(handle);
+  poison(tensor);
+  return tensor;
+}
+
+inline Tensor new_result(const Tensor& like, std::initializer_list<int64_t> sizes,
+                         ScalarType dtype) {
+  return new_result(like, sizes.begin(), sizes.size(), dtype);
+}
+
+inline Tensor result_like(const Tensor& like) {
+  return new_result(like, like.sizes().data(), like.sizes().size(), like.scalar_type());
+}
+
+// The shape of `like` with another last dimension.
+inline Tensor result_with_last(const Tensor& like, int64_t last) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = last;
+  return new_result(like, sizes.data(), sizes.size(), like.scalar_type());
 }
 
 template <typename T = void>

@@ -7,13 +7,6 @@ namespace {
 
 constexpr int64_t kMaxSkinnyRows = 16;
 
-// `x` with its last dimension replaced.
-Tensor new_like_rows(const Tensor& x, int64_t out_dim) {
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = out_dim;
-  return torch::stable::new_empty(x, shape);
-}
-
 // Rows of `x`, after checking the operands of a linear layer.
 int64_t checked_rows(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const int64_t rank = x.dim();
@@ -32,7 +25,7 @@ Tensor skinny_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
   const int64_t rows = checked_rows(x, weight, bias);
   STD_TORCH_CHECK(rows <= kMaxSkinnyRows, "x: expected at most ", kMaxSkinnyRows, " rows, got ",
                   rows);
-  Tensor out = new_like_rows(x, weight.size(0));
+  Tensor out = result_with_last(x, weight.size(0));
   if (out.numel() == 0) return out;
   Launch launch(x);
   HE_DEVICE::skinny_linear(out.mutable_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
@@ -69,7 +62,7 @@ Tensor fused_lora(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   const int64_t rows = checked_rows(x, weight, bias);
   const std::vector<LoraAdapter> adapters = checked_adapters(x, weight, lora_a, lora_b, scales);
   check_operand("adapter_index", adapter_index, {rows}, ScalarType::Int, x);
-  Tensor out = new_like_rows(x, weight.size(0));
+  Tensor out = result_with_last(x, weight.size(0));
   if (out.numel() == 0) return out;
   FusedLora args{};
   args.out = out.mutable_data_ptr();

@@ -28,7 +28,7 @@ Tensor run_rms_norm(const Tensor& x, Tensor* residual, const Tensor& weight, dou
                     double weight_offset) {
   const DType dtype = float_dtype("x", x);
   const int64_t rows = checked_rows(x, residual, weight);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = result_like(x);
   if (rows == 0) return out;
   Launch launch(x);
   HE_DEVICE::rms_norm(out.mutable_data_ptr(), x.const_data_ptr(),
@@ -43,7 +43,7 @@ Tensor run_layer_norm(const Tensor& x, Tensor* residual, const Tensor& weight,
   const DType dtype = float_dtype("x", x);
   const int64_t rows = checked_rows(x, residual, weight);
   check_operand("bias", bias, {last_dim(x)}, x.scalar_type(), x);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = result_like(x);
   if (rows == 0) return out;
   Launch launch(x);
   HE_DEVICE::layer_norm(out.mutable_data_ptr(), x.const_data_ptr(),

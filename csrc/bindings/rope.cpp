@@ -38,7 +38,7 @@ Tensor rope_and_store_kv(const Tensor& qkv, const OptionalTensor& bias,
   check_rope(qkv, bias, q_norm, k_norm, cos_sin, positions, k_cache, v_cache, slot_mapping,
              num_heads);
   const int64_t tokens = qkv.size(0), head_dim = k_cache.size(3);
-  Tensor q = torch::stable::new_empty(qkv, {tokens, num_heads, head_dim});
+  Tensor q = new_result(qkv, {tokens, num_heads, head_dim}, qkv.scalar_type());
   if (tokens == 0) return q;
   RopeAndStoreKv args{};
   args.q = q.mutable_data_ptr();

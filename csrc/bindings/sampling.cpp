@@ -23,9 +23,9 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& logits, const Tensor& te
   check_operand("repetition_penalty", repetition_penalty, {rows}, ScalarType::Float, logits);
   check_operand("seen", seen, {rows, vocab}, ScalarType::Byte, logits);
   STD_TORCH_CHECK(!repetition_penalty || seen, "seen: needed with repetition_penalty, got None");
-  Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
-  Tensor logprobs = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
-  Tensor truncated = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
+  Tensor tokens = new_result(logits, {rows}, ScalarType::Long);
+  Tensor logprobs = new_result(logits, {rows}, ScalarType::Float);
+  Tensor truncated = new_result(logits, {rows}, ScalarType::Float);
   if (rows == 0) return {tokens, logprobs, truncated};
   STD_TORCH_CHECK(vocab > 0, "logits: expected at least one token, got [", rows, ", 0]");
   Sample args{};

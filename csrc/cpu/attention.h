@@ -1,6 +1,6 @@
-// Two ways to run one attention task. RowAttention, for few rows: a dot product a key and row, the
-// storage type read as it is. TileAttention, for many rows: SIMD lanes are rows, keys and values
-// are broadcast scalars, and nothing is ever reduced across lanes.
+// Two ways to run one attention task. RowAttention, for few rows: dot products of a row with kLanes
+// keys at once, a lone row reading the storage type as it is. TileAttention, for many rows: SIMD
+// lanes are rows, keys and values are broadcast scalars, and nothing is ever reduced across lanes.
 #pragma once
 
 #include <algorithm>
@@ -85,21 +85,44 @@ class RowAttention {
     load_queries();
     for (int64_t begin = task.first_key; begin < task.last_key; begin += kTileKeys) {
       const int64_t end = std::min(begin + kTileKeys, task.last_key);
-      for_each_run<T>(a_, task, begin, end,
-                      [&](const T* keys, const T*, int64_t position, int64_t count) {
-                        score(keys, position, count, position - begin);
-                      });
+      find_runs(begin, end);
+      for (size_t r = 0; r + 1 < runs_.size(); ++r) {
+        const bool last = r + 2 == runs_.size();
+        score(runs_[r], runs_[r].position - begin, last ? runs_[0].values : runs_[r + 1].keys);
+      }
       for (int64_t g = 0; g < group_; ++g) soften(g, end - begin);
-      for_each_run<T>(a_, task, begin, end,
-                      [&](const T*, const T* values, int64_t position, int64_t count) {
-                        accumulate(values, count, position - begin);
-                      });
+      for (size_t r = 0; r + 1 < runs_.size(); ++r) {
+        const bool last = r + 2 == runs_.size();
+        accumulate(runs_[r], runs_[r].position - begin,
+                   last ? runs_[r + 1].keys : runs_[r + 1].values);
+      }
     }
     finish();
   }
 
  private:
   static constexpr int64_t kTileKeys = 128;
+
+  struct Run {
+    const T *keys, *values;
+    int64_t position, count;
+  };
+
+  // The runs of a tile, then the one that the next tile begins with, or nowhere: memory that lies
+  // in pages has no pattern for the hardware to see, so the next run is fetched while one is in
+  // use.
+  void find_runs(int64_t begin, int64_t end) {
+    runs_.clear();
+    const auto add = [&](const T* keys, const T* values, int64_t position, int64_t count) {
+      runs_.push_back({keys, values, position, count});
+    };
+    for_each_run<T>(a_, *task_, begin, end, add);
+    if (end < task_->last_key) {
+      for_each_run<T>(a_, *task_, end, end + 1, add);
+    } else {
+      runs_.push_back(runs_.back());
+    }
+  }
 
   void load_queries() {
     q_.resize(group_ * a_.head_dim);
@@ -114,18 +137,39 @@ class RowAttention {
     }
   }
 
-  void score(const T* keys, int64_t position, int64_t count, int64_t place) {
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t g = 0; g < group_; ++g) {
-        float s = dot(q_.data() + g * a_.head_dim, keys + j * a_.head_dim, a_.head_dim);
-        if (a_.softcap > 0.f) s = a_.softcap * std::tanh(s / a_.softcap);
-        if (a_.alibi_slopes) {
-          const float slope = a_.alibi_slopes[task_->kv_head * group_ + g];
-          s += slope * static_cast<float>(position + j - task_->position);
+  // kLanes keys and up to four queries at once: keys are loaded once for all of these, and their
+  // products are reduced together.
+  void score(const Run& run, int64_t place, const T* next) {
+    const int64_t steps = (run.count + kLanes - 1) / kLanes;
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t j = step * kLanes, here = std::min<int64_t>(kLanes, run.count - j);
+      for (int64_t g = 0; g < group_;) {
+        Vec dots[4];
+        const int64_t shift = j * a_.head_dim;
+        const int64_t queries = dot_queries(dots, g, run.keys + shift, here, next + shift);
+        for (int64_t i = 0; i < queries; ++i) {
+          store_partial(scores_.data() + (g + i) * kTileKeys + place + j,
+                        biased(dots[i], run.position + j, g + i), here);
         }
-        scores_[g * kTileKeys + place + j] = s;
+        g += queries;
       }
     }
+  }
+
+  // How many of the queries from g on were taken.
+  int64_t dot_queries(Vec* dots, int64_t g, const T* keys, int64_t count, const T* next) const {
+    const float* q = q_.data() + g * a_.head_dim;
+    if (group_ - g >= 4) return dot_each<4>(dots, q, keys, count, next, a_.head_dim), 4;
+    if (group_ - g >= 2) return dot_each<2>(dots, q, keys, count, next, a_.head_dim), 2;
+    return dot_each<1>(dots, q, keys, count, next, a_.head_dim), 1;
+  }
+
+  Vec biased(Vec scores, int64_t position, int64_t g) const {
+    if (a_.softcap > 0.f) scores = a_.softcap * tanh(scores * (1.f / a_.softcap));
+    if (a_.alibi_slopes == nullptr) return scores;
+    Vec distance;
+    for (int i = 0; i < kLanes; ++i) distance[i] = position + i - task_->position;
+    return scores + a_.alibi_slopes[task_->kv_head * group_ + g] * distance;
   }
 
   // Scores of a tile become weights; what was summed so far is rescaled to the new maximum.
@@ -147,11 +191,9 @@ class RowAttention {
     for (int64_t i = 0; i < a_.head_dim; i += kLanes) store(out + i, load(out + i) * decay);
   }
 
-  void accumulate(const T* values, int64_t count, int64_t place) {
-    for (int64_t g = 0; g < group_; ++g) {
-      add_weighted_rows(out_.data() + g * a_.head_dim, scores_.data() + g * kTileKeys + place,
-                        values, count, a_.head_dim);
-    }
+  void accumulate(const Run& run, int64_t place, const T* next) {
+    multiply_add(out_.data(), scores_.data() + place, kTileKeys, 1, run.values, next, group_,
+                 run.count, a_.head_dim);
   }
 
   void finish() {
@@ -172,6 +214,7 @@ class RowAttention {
   const int64_t group_;
   const AttentionTask* task_ = nullptr;
   std::vector<float> q_, scores_, out_, most_, total_;
+  std::vector<Run> runs_;
 };
 
 // ---- many rows ----------------------------------------------------------------------------------
@@ -217,10 +260,10 @@ class TileAttention {
     const int64_t dim = a_.head_dim;
     const float* k = widened(wide_.data(), keys, count * dim);
     std::fill(scores_.begin(), scores_.begin() + count * width_, 0.f);
-    multiply_add(scores_.data(), k, dim, 1, q_.data(), count, dim, width_);
+    multiply_add<float>(scores_.data(), k, dim, 1, q_.data(), nullptr, count, dim, width_);
     for (int64_t r = 0; r < width_; r += kLanes) soften(r, position, count);
     const float* v = widened(wide_.data(), values, count * dim);
-    multiply_add(out_.data(), v, 1, dim, scores_.data(), dim, count, width_);
+    multiply_add<float>(out_.data(), v, 1, dim, scores_.data(), nullptr, dim, count, width_);
   }
 
   // The lanes [r, r + kLanes) of the scores of `count` keys become weights.

@@ -1,7 +1,8 @@
 // Matrix products with few rows, bound by reading the weights once. Rows of x are widened to fp32
-// and stay in the caches; the weights stream past in blocks of four outputs, and each block meets
-// all rows while it is there. With LoRA the narrow products x A^T come first, for the rows that use
-// the adapter, and each output then adds its row of B.
+// and stay in the caches; the weights stream past in blocks of outputs, and each block meets all
+// rows while it is there. kLanes dot products run at once, so that one transposition reduces them
+// all. With LoRA the narrow products x A^T come first, for the rows that use the adapter, and each
+// output then adds its row of B.
 #include <cstring>
 #include <vector>
 
@@ -14,7 +15,9 @@ namespace {
 
 // Multiplications worth a thread.
 constexpr int64_t kProductsPerThread = 65536;
-constexpr int kOuts = 4, kRows = 4, kChain = 2 * kLanes;
+// Elements of one chain of additions: long ones round more.
+constexpr int kChain = 2 * kLanes * kLanes;
+constexpr int kMostRows = 32;
 
 // fp32 rows, where they are or in scratch of the calling thread.
 const float* widened_rows(const float* x, int64_t) { return x; }
@@ -26,56 +29,96 @@ const float* widened_rows(const T* x, int64_t count) {
   return widened(scratch.data(), x, count);
 }
 
-// sums[o][m] += weight row o . x row m over whole vectors
-template <int outs, int rows, typename T>
-inline void add_products(Vec (&sums)[outs][rows], const T* weight, const float* const* x,
-                         int64_t begin, int64_t end, int64_t depth) {
-  for (int64_t k = begin; k < end; k += kLanes) {
+// sums[o * rows + m] (+)= w[o] . x[m] over `count` elements, whole vectors
+template <int outs, int rows, typename W>
+inline void add_products(Vec (&sums)[kLanes], const W* const* w, const float* const* x,
+                         int64_t count, bool first) {
+  static_assert(outs * rows == kLanes);
+  Vec chain[kLanes] = {};
+  for (int64_t k = 0; k < count; k += kLanes) {
     Vec columns[rows];
     for (int m = 0; m < rows; ++m) columns[m] = load(x[m] + k);
     for (int o = 0; o < outs; ++o) {
-      const Vec w = load(weight + o * depth + k);
-      for (int m = 0; m < rows; ++m) sums[o][m] += w * columns[m];
+      const Vec weight = load(w[o] + k);
+      for (int m = 0; m < rows; ++m) chain[o * rows + m] += weight * columns[m];
     }
   }
+  for (int i = 0; i < kLanes; ++i) sums[i] = first ? chain[i] : sums[i] + chain[i];
 }
 
-// totals[o][m] = weight row o . x row m, in chains of kChain additions: long ones round more.
+// The products of a block of outputs with up to kMostRows rows of x, in groups of `rows`. Missing
+// outputs and rows are stood in for by others, and what they give is not read: so a row's result
+// does not depend on the rows beside it.
 template <int outs, int rows, typename T>
-void dot_block(float (&totals)[kOuts][kRows], const T* weight, const float* const* x,
-               int64_t depth) {
-  Vec sums[outs][rows] = {};
-  const int64_t whole = depth / kLanes * kLanes, rest = depth - whole;
-  for (int64_t k = 0; k < whole; k += kChain * kLanes) {
-    Vec chain[outs][rows] = {};
-    add_products(chain, weight, x, k, std::min(whole, k + kChain * kLanes), depth);
-    for (int o = 0; o < outs; ++o) {
-      for (int m = 0; m < rows; ++m) sums[o][m] += chain[o][m];
+class Block {
+ public:
+  // totals[group][o * rows + m]
+  void run(float (*totals)[kLanes], const T* const* weight, const float* const* x, int64_t groups,
+           int64_t depth) {
+    const int64_t whole = depth / kLanes * kLanes;
+    int64_t k = 0;
+    do {
+      add_chain(weight, x, groups, k, std::min<int64_t>(kChain, whole - k));
+      k += kChain;
+    } while (k < whole);
+    for (int64_t g = 0; g < groups; ++g) {
+      if (whole < depth) add_rest(sums_[g], weight, x + g * rows, whole, depth - whole);
+      store(totals[g], sum_each(sums_[g]));
     }
   }
-  for (int o = 0; o < outs; ++o) {
-    for (int m = 0; m < rows; ++m) {
-      if (rest) {
-        const Vec w = load_partial(weight + o * depth + whole, rest);
-        sums[o][m] += w * load_partial(x[m] + whole, rest);
-      }
-      totals[o][m] = sum(sums[o][m]);
-    }
-  }
-}
 
-template <int outs, typename T>
-void dot_rows(float (&totals)[kOuts][kRows], const T* weight, const float* const* x, int64_t rows,
-              int64_t depth) {
-  switch (rows) {
-    case 1:
-      return dot_block<outs, 1>(totals, weight, x, depth);
-    case 2:
-      return dot_block<outs, 2>(totals, weight, x, depth);
-    case 3:
-      return dot_block<outs, 3>(totals, weight, x, depth);
-    default:
-      return dot_block<outs, 4>(totals, weight, x, depth);
+ private:
+  // Weights are widened once for all groups of rows; for a single one as they are used.
+  void add_chain(const T* const* weight, const float* const* x, int64_t groups, int64_t k,
+                 int64_t count) {
+    const T* at[outs];
+    for (int o = 0; o < outs; ++o) at[o] = weight[o] + k;
+    if (groups == 1) return add_group(sums_[0], at, x, k, count);
+    const float* wide[outs];
+    for (int o = 0; o < outs; ++o) wide[o] = widened(wide_[o], at[o], count);
+    for (int64_t g = 0; g < groups; ++g) add_group(sums_[g], wide, x + g * rows, k, count);
+  }
+
+  template <typename W>
+  static void add_group(Vec (&sums)[kLanes], const W* const* w, const float* const* x, int64_t k,
+                        int64_t count) {
+    const float* columns[rows];
+    for (int m = 0; m < rows; ++m) columns[m] = x[m] + k;
+    add_products<outs, rows>(sums, w, columns, count, k == 0);
+  }
+
+  static void add_rest(Vec (&sums)[kLanes], const T* const* weight, const float* const* x,
+                       int64_t k, int64_t count) {
+    for (int o = 0; o < outs; ++o) {
+      const Vec w = load_partial(weight[o] + k, count);
+      for (int m = 0; m < rows; ++m) sums[o * rows + m] += w * load_partial(x[m] + k, count);
+    }
+  }
+
+  Vec sums_[kMostRows / rows][kLanes];
+  float wide_[outs][kChain];
+};
+
+template <int outs, int rows, typename T, typename Finish>
+void for_each_block(const T* weight, const std::vector<const float*>& x, int64_t depth,
+                    int64_t begin, int64_t end, const Finish& finish) {
+  const int64_t count = x.size();
+  Block<outs, rows, T> block;
+  float totals[kMostRows / rows][kLanes];
+  for (int64_t out = begin; out < end; out += outs) {
+    const T* weights[outs];
+    for (int o = 0; o < outs; ++o) weights[o] = weight + std::min(out + o, end - 1) * depth;
+    for (int64_t first = 0; first < count; first += kMostRows) {
+      const int64_t here = std::min<int64_t>(kMostRows, count - first);
+      const float* columns[kMostRows];
+      for (int m = 0; m < kMostRows; ++m) columns[m] = x[first + std::min<int64_t>(m, here - 1)];
+      block.run(totals, weights, columns, (here + rows - 1) / rows, depth);
+      for (int64_t m = 0; m < here; ++m) {
+        for (int o = 0; o < outs && out + o < end; ++o) {
+          finish(first + m, out + o, totals[m / rows][o * rows + m % rows]);
+        }
+      }
+    }
   }
 }
 
@@ -84,23 +127,10 @@ void dot_rows(float (&totals)[kOuts][kRows], const T* weight, const float* const
 template <typename T, typename Finish>
 void for_each_product(const T* weight, const std::vector<const float*>& x, int64_t depth,
                       int64_t begin, int64_t end, const Finish& finish) {
-  const int64_t rows = x.size();
-  float totals[kOuts][kRows];
-  for (int64_t out = begin; out < end;) {
-    const int64_t outs = end - out >= kOuts ? kOuts : 1;
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const int64_t count = std::min<int64_t>(kRows, rows - row);
-      const T* block = weight + out * depth;
-      if (outs == kOuts) {
-        dot_rows<kOuts>(totals, block, x.data() + row, count, depth);
-      } else {
-        dot_rows<1>(totals, block, x.data() + row, count, depth);
-      }
-      for (int64_t o = 0; o < outs; ++o) {
-        for (int64_t m = 0; m < count; ++m) finish(row + m, out + o, totals[o][m]);
-      }
-    }
-    out += outs;
+  if (x.size() == 1) {
+    for_each_block<kLanes, 1>(weight, x, depth, begin, end, finish);
+  } else {
+    for_each_block<4, kLanes / 4>(weight, x, depth, begin, end, finish);
   }
 }
 

@@ -16,22 +16,26 @@ inline Vec scale_by_power(Vec v, Vec n) {
 #endif
 }
 
-// e^x: x = n ln 2 + r, a degree-6 polynomial in r, then a scaling by 2^n. Below -87.3, where
-// results turn subnormal and slow, it is 0; above 88.7 it is infinite; NaN stays NaN.
-inline Vec exp(Vec x) {
+// e^x for x in [-87.3, 88.73]: x = n ln 2 + r, a degree-6 polynomial in r, then a scaling by 2^n.
+inline Vec exp_in_range(Vec x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kRoundingShift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec clamped =
-      select(x > 88.73f, broadcast(88.73f), select(x < -87.3f, broadcast(-87.3f), x));
-  const Vec n = (clamped * kLog2E + kRoundingShift) - kRoundingShift;
-  const Vec r = clamped - n * kLn2High - n * kLn2Low;
+  const Vec n = (x * kLog2E + kRoundingShift) - kRoundingShift;
+  const Vec r = x - n * kLn2High - n * kLn2Low;
   Vec p = r * (1.f / 720.f) + (1.f / 120.f);
   p = p * r + (1.f / 24.f);
   p = p * r + (1.f / 6.f);
   p = p * r + 0.5f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  return select(x < -87.3f, Vec{}, scale_by_power(p, n));
+  return scale_by_power(p, n);
+}
+
+// e^x. Below -87.3, where results turn subnormal and slow, it is 0; above 88.7 it is infinite; NaN
+// stays NaN.
+inline Vec exp(Vec x) {
+  const Vec capped = select(x > 88.73f, broadcast(88.73f), x);
+  return select(x < -87.3f, Vec{}, exp_in_range(select(x < -87.3f, Vec{}, capped)));
 }
 
 inline Vec tanh(Vec x) {
@@ -43,32 +47,28 @@ inline Vec tanh(Vec x) {
   return select(square < 0.0025f, series, x == x ? quotient : x);
 }
 
-inline Vec copy_sign(Vec magnitude, Vec sign) {
-  const VecBits mask = VecBits{} + 0x80000000u;
-  return bit_cast<Vec>((bit_cast<VecBits>(magnitude) & ~mask) | (bit_cast<VecBits>(sign) & mask));
-}
+inline Vec absolute(Vec x) { return bit_cast<Vec>(bit_cast<VecBits>(x) & 0x7fffffffu); }
 
-// Near zero an odd polynomial, erf(x) = x + x P(x^2); further out 1 - exp(-Q(|x|)), which rounds to
-// 1 from 4 on. Minimax coefficients, within 1.4 units in the last place.
-inline Vec erf(Vec x) {
-  const Vec s = x * x, t = min(select(x < 0.f, -x, x), broadcast(4.f));
+// x (1 + erf(y)) / 2 with y = x / sqrt(2). Near zero erf(y) = y + y P(y^2); further out
+// 1 - erf(|y|) = exp(-Q(|y|)), from 4 on 0. Minimax coefficients; erf is within 1.4 units in the
+// last place.
+inline Vec gelu(Vec x) {
+  const Vec y = x * 0.70710678f, s = y * y, t = absolute(y);
   Vec p = s * -5.9768965e-4f + 4.990981e-3f;
   p = p * s - 2.6765568e-2f;
   p = p * s + 1.12818025e-1f;
   p = p * s - 3.7612495e-1f;
   p = p * s + 1.2837915e-1f;
-  const Vec near = p * x + x;
   Vec q = t * -1.9380996e-4f + 3.0224682e-3f;
   q = q * t - 2.2144726e-2f;
   q = q * t + 1.0376224e-1f;
   q = q * t + 6.373738e-1f;
   q = q * t + 1.1275628f;
   q = q * t + 2.227859e-4f;
-  const Vec far = copy_sign(1.f - exp(-q), x);
-  return select(t < 0.93f, near, x == x ? far : x);
+  const Vec tail = select(t < 4.f, exp_in_range(-q), Vec{});
+  const Vec far = select(x < 0.f, tail, 2.f - tail);
+  return 0.5f * x * select(t < 0.93f, 1.f + (p * y + y), far);
 }
-
-inline Vec gelu(Vec x) { return 0.5f * x * (1.f + erf(x * 0.70710678f)); }
 
 inline Vec gelu_tanh(Vec x) {
   // sqrt(2 / pi) (x + 0.044715 x^3)

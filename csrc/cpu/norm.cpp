@@ -1,9 +1,10 @@
-// RMSNorm and LayerNorm. Each row is read once into fp32 scratch (with the residual added and
-// written back), reduced there, and written once: 2 passes over cached data, one over memory.
+// RMSNorm and LayerNorm. Each row is read once from memory, into fp32 scratch unless it is that
+// already (with the residual added and written back), reduced in the caches, and written once.
 #include <cmath>
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/tile.h"
 #include "cpu/vec.h"
 
 namespace he::cpu {
@@ -11,31 +12,25 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 16384;
 
-// wide = x (+ residual, which is updated and rounded as it is stored).
+// wide = x + residual; the residual is updated, and what it rounds to is what is normalised.
 template <typename T>
-void load_row(float* wide, const T* x, T* residual, int64_t dim) {
-  auto full = [&](int64_t i) {
-    Vec v = load(x + i);
-    if (residual != nullptr) {
-      store(residual + i, v + load(residual + i));
-      v = load(residual + i);
-    }
-    store(wide + i, v);
-  };
-  auto partial = [&](int64_t i, int64_t rest) {
-    Vec v = load_partial(x + i, rest);
-    if (residual != nullptr) {
-      store_partial(residual + i, v + load_partial(residual + i, rest), rest);
-      v = load_partial(residual + i, rest);
-    }
-    store_partial(wide + i, v, rest);
-  };
-  for_each_vec(dim, full, partial);
+void add_residual(float* wide, const T* x, T* residual, int64_t dim) {
+  for_each_vec(
+      dim,
+      [&](int64_t i) {
+        store(residual + i, load(x + i) + load(residual + i));
+        store(wide + i, load(residual + i));
+      },
+      [&](int64_t i, int64_t rest) {
+        store_partial(residual + i, load_partial(x + i, rest) + load_partial(residual + i, rest),
+                      rest);
+        store_partial(wide + i, load_partial(residual + i, rest), rest);
+      });
 }
 
 // Sums f(v) over a row; `neutral` fills the last vector up and must have f(neutral) = 0.
 template <typename Function>
-float sum_row(const float* wide, int64_t dim, const Function& f, float neutral = 0.f) {
+double sum_row(const float* wide, int64_t dim, const Function& f, float neutral = 0.f) {
   Vec total = sum_vecs(dim, [&](int64_t i) { return f(load(wide + i)); });
   const int64_t rest = dim % kLanes;
   if (rest) total += f(load_partial(wide + dim - rest, rest, neutral));
@@ -43,37 +38,42 @@ float sum_row(const float* wide, int64_t dim, const Function& f, float neutral =
 }
 
 struct Moments {
-  float shift, square;
+  double mean, square;
 };
 
-// Subtracts the rounded mean in place. The remainder of the mean comes back as `shift`, so that
-// rows far from zero keep their digits; `square` is the variance.
-Moments centre(float* wide, int64_t dim) {
-  const float mean = sum_row(wide, dim, [](Vec v) { return v; }) / dim;
-  for_each_vec(
-      dim, [&](int64_t i) { store(wide + i, load(wide + i) - mean); },
-      [&](int64_t i, int64_t rest) {
-        for (int64_t j = i; j < i + rest; ++j) wide[j] -= mean;
-      });
-  const float shift = sum_row(wide, dim, [](Vec v) { return v; }) / dim;
-  return {shift, sum_row(wide, dim, [&](Vec v) { return (v - shift) * (v - shift); }, shift) / dim};
+// Around the rounded mean, so that rows far from zero keep their digits; `square` is the variance.
+Moments centred_moments(const float* wide, int64_t dim) {
+  const float mean = static_cast<float>(sum_row(wide, dim, [](Vec v) { return v; }) / dim);
+  Vec drift{};
+  const auto square = [&](Vec v) {
+    const Vec d = v - mean;
+    drift += d;
+    return d * d;
+  };
+  const double squares = sum_row(wide, dim, square, mean) / dim;
+  const double shift = sum(drift) / static_cast<double>(dim);  // what the rounding left over
+  return {mean + shift, squares - shift * shift};
 }
 
-Moments around_zero(const float* wide, int64_t dim) {
-  return {0.f, sum_row(wide, dim, [](Vec v) { return v * v; }) / dim};
+Moments moments_around_zero(const float* wide, int64_t dim) {
+  return {0., sum_row(wide, dim, [](Vec v) { return v * v; }) / dim};
 }
 
-// out = (wide - shift) * scale * (weight + weight_offset) + bias
+// out = (wide - mean) * scale * (weight + weight_offset) + bias. A mean within the spread goes into
+// the multiply-add, which rounds once; a larger one is subtracted first, or digits would cancel.
 template <typename T>
-void write_row(T* out, const float* wide, const T* weight, const T* bias, int64_t dim, float shift,
+void write_row(T* out, const float* wide, const T* weight, const T* bias, int64_t dim, double mean,
                float scale, float weight_offset) {
+  const float centre = std::abs(mean) * scale <= 1. ? 0.f : static_cast<float>(mean);
+  const float offset = static_cast<float>((centre - mean) * scale);
+  const auto normed = [&](Vec v) { return (v - centre) * scale + offset; };
   auto full = [&](int64_t i) {
-    Vec v = (load(wide + i) - shift) * scale * (load(weight + i) + weight_offset);
+    Vec v = normed(load(wide + i)) * (load(weight + i) + weight_offset);
     if (bias != nullptr) v += load(bias + i);
     store(out + i, v);
   };
   auto partial = [&](int64_t i, int64_t rest) {
-    Vec v = (load_partial(wide + i, rest) - shift) * scale;
+    Vec v = normed(load_partial(wide + i, rest));
     v *= load_partial(weight + i, rest) + weight_offset;
     if (bias != nullptr) v += load_partial(bias + i, rest);
     store_partial(out + i, v, rest);
@@ -99,14 +99,21 @@ void normalise(const NormArgs& args) {
   parallel_for(args.rows, grain, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<float> scratch;
     if (static_cast<int64_t>(scratch.size()) < dim) scratch.resize(dim);
-    float* wide = scratch.data();
     for (int64_t row = begin; row < end; ++row) {
-      T* residual = args.residual ? static_cast<T*>(args.residual) + row * dim : nullptr;
-      load_row(wide, static_cast<const T*>(args.x) + row * dim, residual, dim);
-      const Moments moments = args.centred ? centre(wide, dim) : around_zero(wide, dim);
-      const float scale = 1.f / std::sqrt(moments.square + args.eps);
+      const T* x = static_cast<const T*>(args.x) + row * dim;
+      const float* wide = nullptr;
+      if (args.residual) {
+        add_residual(scratch.data(), x, static_cast<T*>(args.residual) + row * dim, dim);
+        wide = scratch.data();
+      } else {
+        wide = widened(scratch.data(), x, dim);
+      }
+      const Moments moments =
+          args.centred ? centred_moments(wide, dim) : moments_around_zero(wide, dim);
+      // In fp64, because an error here is an error of the whole row.
+      const float scale = static_cast<float>(1. / std::sqrt(moments.square + double{args.eps}));
       write_row(static_cast<T*>(args.out) + row * dim, wide, static_cast<const T*>(args.weight),
-                static_cast<const T*>(args.bias), dim, moments.shift, scale, args.weight_offset);
+                static_cast<const T*>(args.bias), dim, moments.mean, scale, args.weight_offset);
     }
   });
 }

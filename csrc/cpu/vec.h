@@ -59,6 +59,42 @@ inline float sum(Vec v) {
 #endif
 }
 
+// Lane i of the result is the sum of v[i]: a transposition with additions on the way, which takes a
+// quarter of the steps of kLanes single sums.
+inline Vec sum_each(const Vec (&v)[kLanes]) {
+#if defined(__AVX512F__)
+  __m512 pairs[8], quads[4];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = bit_cast<__m512>(v[2 * i]), b = bit_cast<__m512>(v[2 * i + 1]);
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto fold = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return bit_cast<Vec>(fold(fold(quads[0], quads[1]), fold(quads[2], quads[3])));
+#elif defined(__AVX2__)
+  __m256 pairs[4], quads[2];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = bit_cast<__m256>(v[2 * i]), b = bit_cast<__m256>(v[2 * i + 1]);
+    pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m256d a = _mm256_castps_pd(pairs[2 * i]), b = _mm256_castps_pd(pairs[2 * i + 1]);
+    quads[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+                             _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  return bit_cast<Vec>(_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                                     _mm256_permute2f128_ps(quads[0], quads[1], 0x31)));
+#else
+  return Vec{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])};
+#endif
+}
+
 inline float reduce_max(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(bit_cast<__m512>(v));

@@ -23,10 +23,18 @@ def _validate_decode(
     **kwargs: object,
 ) -> None:
     """Every block that a sequence's length reaches must be in its table, and in the cache."""
+    check.shape("q", q, (-1, -1, -1))
+    check.shape("seq_lens", seq_lens, q.shape[:1])
+    _validate_blocks(k_cache, block_tables, seq_lens)
+
+
+def _validate_blocks(k_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) -> None:
+    check.shape("k_cache", k_cache, (-1, -1, -1, -1))
+    check.shape("block_tables", block_tables, (seq_lens.numel(), -1))
     num_blocks, _, block_size, _ = k_cache.shape
     max_blocks = block_tables.shape[1]
     check.indices("seq_lens", seq_lens, max_blocks * block_size + 1)
-    places = torch.arange(max_blocks, device=q.device)
+    places = torch.arange(max_blocks, device=seq_lens.device)
     used = places < -(-seq_lens.unsqueeze(1) // block_size)  # (B, max_blocks)
     check.indices("block_tables", torch.where(used, block_tables, 0), num_blocks)
 
@@ -41,7 +49,8 @@ def _validate_prefill(
     *args: object,
     **kwargs: object,
 ) -> None:
-    _validate_decode(q, k_cache, v_cache, block_tables, seq_lens)
+    _validate_blocks(k_cache, block_tables, seq_lens)
+    check.shape("cu_seqlens", cu_seqlens, (seq_lens.numel() + 1,))
     check.indices("cu_seqlens", cu_seqlens, q.shape[0] + 1)
     for i, (new, cached) in enumerate(
         zip(cu_seqlens.diff().tolist(), seq_lens.tolist(), strict=True)

@@ -43,6 +43,7 @@ def _validate(
     **kwargs: object,
 ) -> None:
     """Slots must be in the cache, negative ones excepted, and positions in the table."""
+    check.shape("k_cache", k_cache, (-1, -1, -1, -1))
     num_blocks, _, block_size, _ = k_cache.shape
     check.indices("slot_mapping", slot_mapping.clamp(min=0), num_blocks * block_size)
     if cos_sin is not None:

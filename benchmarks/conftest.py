@@ -1,0 +1,118 @@
+"""Collects `benchmarks/*.py` by name; reports ratios to the baseline, bandwidth, a JSON record.
+
+A benchmark leaves in `benchmark.extra_info`: op, baseline_us, ours_us, spread_us, bytes (read or
+written once by an ideal implementation) and cold (whether its operands are beyond the caches).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PROBE_BYTES = 1 << 30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # the table below replaces pytest-benchmark's
+    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    here = Path(__file__).parent
+    ours = (
+        file_path.parent == here and file_path.suffix == ".py" and file_path.name != "conftest.py"
+    )
+    if ours and not parent.session.isinitpath(file_path):
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+def clock() -> float:
+    """Seconds; with one thread those of its processor, which a busy machine does not inflate."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def _seconds(function: Any) -> float:
+    start = clock()
+    function()
+    return clock() - start
+
+
+def read_bandwidth() -> float:
+    """The best rate in GB/s at which torch reads 1 GiB: a matrix-vector product or a norm."""
+    matrix = torch.ones(PROBE_BYTES // 4).view(-1, 16384)
+    vector = torch.ones(16384)
+    probes = (lambda: torch.mv(matrix, vector), lambda: torch.linalg.vector_norm(matrix))
+    return max(PROBE_BYTES / min(_seconds(f) for _ in range(12)) / 1e9 for f in probes)
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    records = [
+        {"name": bench.name.split("[")[1].rstrip("]"), **bench.extra_info}
+        for bench in config._benchmarksession.benchmarks  # type: ignore[attr-defined]
+        if "baseline_us" in bench.extra_info
+    ]
+    if not records:
+        return
+    from hybrid_engine import ops
+
+    peak = read_bandwidth()
+    header = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "kernels": ops.NATIVE.isa,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "load": [round(x, 1) for x in os.getloadavg()],
+        "read_GBps": round(peak, 1),
+    }
+    write = terminalreporter.write_line
+    write("")
+    write("  ".join(f"{key}={value}" for key, value in header.items()))
+    columns = ("case", "ours us", "+-", "torch us", "ratio", "GB/s", "% of read")
+    write("{:<46}{:>10}{:>8}{:>11}{:>8}{:>8}{:>11}".format(*columns))
+    for r in records:
+        r["ratio"] = r["baseline_us"] / r["ours_us"]
+        r["GBps"] = r["bytes"] / r["ours_us"] / 1e3
+        share = f"{100 * r['GBps'] / peak:.0f}" if r["cold"] else "in cache"
+        write(
+            f"{r['name']:<46}{r['ours_us']:>10.1f}{r['spread_us']:>8.1f}{r['baseline_us']:>11.1f}"
+            f"{r['ratio']:>8.2f}{r['GBps']:>8.1f}{share:>11}"
+        )
+    write("")
+    by_op: dict[str, list[float]] = {}
+    for r in records:
+        by_op.setdefault(r["op"], []).append(r["ratio"])
+    for op, ratios in by_op.items():
+        write(f"{op:<24} geometric mean {geometric_mean(ratios):6.2f}  least {min(ratios):6.2f}")
+    overall = geometric_mean([r["ratio"] for r in records])
+    slower = [f"{r['name']} ({r['ratio']:.2f})" for r in records if r["ratio"] < 1]
+    write(f"all: geometric mean {overall:.2f} over {len(records)} cases")
+    write(f"slower than torch: {', '.join(slower) or 'none'}")
+    write(json.dumps({**header, "geometric_mean": round(overall, 3), "cases": records}))
