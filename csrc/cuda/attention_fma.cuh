@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
     }
   }
   __syncthreads();
-  merge_and_store<Shape::kTeams, Shape::kRows, Shape::kDim, Shape::kDim>(p, tile, partials,
-                                                                         statistics);
+  merge_and_store<Shape::kTeams, Shape::kRows, Shape::kDim, Shape::kDim>(p, tile, p.aligned,
+                                                                         partials, statistics);
 }
 
 }  // namespace he::cuda

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   }
   __syncthreads();
   if (tile.key_begin < tile.key_end) {
-    tiles.load_keys(p, tile, tile.key_begin, 0);
+    tiles.load_keys(p, 0);
     cp_async_commit();
   }
   int stage = 0;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
     cp_async_wait<0>();
     __syncthreads();  // the tile is complete, and every warp is done with the other stage
     if (key + Shape::kKeys < tile.key_end) {
-      tiles.load_keys(p, tile, key + Shape::kKeys, stage ^ 1);
+      tiles.load_keys(p, stage ^ 1);
       cp_async_commit();
       tiles.find_keys(p, tile, key + 2 * Shape::kKeys, stage);
     }
@@ -48,14 +48,15 @@ __global__ void __launch_bounds__(Shape::kThreads)
   if constexpr (Shape::kKeyWarps == 1) {
     rows.store(p, tiles, tile.split);
   } else {
-    __syncthreads();                                       // every warp is done with the tiles
-    float* partials = reinterpret_cast<float*>(smem_raw);  // [kKeyWarps, kRows, kMergeStride]
+    // [kKeyWarps, kRows, kMergeStride], where the tiles were
+    float* partials = reinterpret_cast<float*>(smem_raw);
+    __syncthreads();
     float2* statistics = reinterpret_cast<float2*>(partials + Shape::kMergeFloats);
     const int part_row = warp * Shape::kWarpRows;
     rows.store_part(partials + part_row * Shape::kMergeStride, statistics + part_row);
     __syncthreads();
     merge_and_store<Shape::kKeyWarps, Shape::kRows, Shape::kDim, Shape::kMergeStride>(
-        p, tile, partials, statistics);
+        p, tile, true, partials, statistics);
   }
 }
 

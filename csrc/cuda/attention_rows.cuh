@@ -3,41 +3,17 @@
 #pragma once
 
 #include "cuda/attention_params.cuh"
+#include "cuda/elements.cuh"
 #include "cuda/softmax.cuh"
 
 namespace he::cuda {
 
-// An unsigned type of kBytes, to move several elements at once.
-template <int kBytes>
-using Word =
-    std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>;
-
-// Rounds and stores elements [0, kCount), of which those past `columns` do not exist. `aligned`:
-// all exist or none, and the address is a multiple of their size.
-template <int kCount, typename T>
-__device__ __forceinline__ void store_elements(T* destination, const float (&values)[kCount],
-                                               int columns, bool aligned) {
-  T elements[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) elements[i] = from_float<T>(values[i]);
-  if (aligned) {
-    Word<kCount * sizeof(T)> word;
-    memcpy(&word, elements, sizeof(word));
-    if (columns > 0) *reinterpret_cast<decltype(word)*>(destination) = word;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i < columns) destination[i] = elements[i];
-    }
-  }
-}
-
-// Stores columns [column, column + kCount) of a row whose weights sum up to `total`. The thread
+// Stores columns [column, column + kCount) of a row; `aligned` as in store_elements. The thread
 // with column 0 also stores the statistics that partial results are merged by.
 template <int kCount, typename T>
 __device__ __forceinline__ void store_columns(const AttentionParams<T>& p, int64_t packed_row,
                                               int split, int column, float (&sums)[kCount],
-                                              float2 statistics) {
+                                              float2 statistics, bool aligned) {
   const int columns = p.head_dim - column;
   if (p.num_splits > 1) {
     const int64_t part = packed_row * p.num_splits + split;
@@ -48,7 +24,7 @@ __device__ __forceinline__ void store_columns(const AttentionParams<T>& p, int64
   const float scale = inverse_or_zero(statistics.y);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sums[i] *= scale;
-  store_elements(p.out + packed_row * p.head_dim + column, sums, columns, p.aligned);
+  store_elements(p.out + packed_row * p.head_dim + column, sums, columns, aligned);
 }
 
 // For a split without keys: the merge passes over its partial results.
@@ -65,13 +41,13 @@ __device__ __forceinline__ void store_nothing(const AttentionParams<T>& p,
 // Merges and stores the rows of the tile, with all threads of the block.
 template <int kParts, int kRows, int kDim, int kStride, typename T>
 __device__ __forceinline__ void merge_and_store(
-    const AttentionParams<T>& p, const AttentionTile& tile,
+    const AttentionParams<T>& p, const AttentionTile& tile, bool aligned,
     const float* partials,       // [kParts, kRows, kStride], shared
     const float2* statistics) {  // [kParts, kRows], shared
   constexpr int kCount = 4, kColumns = kDim / kCount;
   for (int i = threadIdx.x; i < kRows * kColumns; i += blockDim.x) {
     const int row = i / kColumns, column = i % kColumns * kCount;
-    if (tile.row_begin + row >= tile.row_end || column >= p.head_dim) continue;
+    if (tile.row_begin + row >= tile.row_end) continue;
     float most = -INFINITY;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) most = fmaxf(most, statistics[part * kRows + row].x);
@@ -86,7 +62,7 @@ __device__ __forceinline__ void merge_and_store(
       for (int j = 0; j < kCount; ++j) sums[j] += weight * values[j];
     }
     const int64_t packed_row = tile.packed_row(p, tile.row_begin + row);
-    store_columns(p, packed_row, tile.split, column, sums, make_float2(most, total));
+    store_columns(p, packed_row, tile.split, column, sums, make_float2(most, total), aligned);
   }
 }
 

@@ -30,6 +30,7 @@ struct MmaShape {
   static constexpr int kMergeBytes = kMergeFloats * 4 + kKeyWarps * kRows * 8;
   static_assert(kWarpKeys % 16 == 0 && kDim % 16 == 0, "mma.sync reads 16 by 16");
   static_assert(kKeys <= kThreads && kRows <= kThreads, "a thread looks up one key, and one row");
+  static_assert(kSharedBytes <= 99 * 1024, "what every device since sm_80 grants a block");
   static_assert(kMergeBytes <= kSharedBytes, "the merge reuses the tiles");
 
   // Where a piece of a row is kept, in elements: moved within the row such that the 8 rows that
@@ -80,7 +81,8 @@ struct MmaTiles {
     });
   }
 
-  // Looks the tile that starts at `first_key` up in the block table, each key once.
+  // Looks the tile that starts at `first_key` up in the block table, each key once. The last key
+  // stands in for those past the end: what the cache holds there may be NaN, even times 0.
   __device__ __forceinline__ void find_keys(const AttentionParams<T>& p, const AttentionTile& tile,
                                             int first_key, int stage) const {
     if (threadIdx.x >= Shape::kKeys) return;
@@ -88,13 +90,11 @@ struct MmaTiles {
     places[stage * Shape::kKeys + threadIdx.x] = p.cached_row(tile.sequence, tile.kv_head, key);
   }
 
-  // Loads what find_keys found, before the last barrier. Keys past the end become zero: a weight of
-  // 0 times what the cache holds there may be NaN.
-  __device__ __forceinline__ void load_keys(const AttentionParams<T>& p, const AttentionTile& tile,
-                                            int first_key, int stage) const {
+  // Loads what find_keys found, before the last barrier.
+  __device__ __forceinline__ void load_keys(const AttentionParams<T>& p, int stage) const {
     for_each_piece<Shape::kKeys>([&](int row, int piece) {
       const int column = piece * Shape::kPiece;
-      const bool exists = first_key + row < tile.key_end && column < p.head_dim;
+      const bool exists = column < p.head_dim;
       const int64_t source = places[stage * Shape::kKeys + row] + (exists ? column : 0);
       const unsigned target = stage * Shape::kTileElements + Shape::element(row, piece);
       cp_async_16(keys + target, p.k_cache + source, exists);

@@ -7,15 +7,6 @@
 
 namespace he::cuda {
 
-// Two neighbours of a fragment as one register.
-template <typename T>
-__device__ __forceinline__ uint32_t round_pair(float low, float high) {
-  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
-  uint32_t bits;
-  memcpy(&bits, pair, sizeof(bits));
-  return bits;
-}
-
 // The rows of a warp, as mma.sync leaves them: lane l holds rows l / 4 + 8 r for r < kOwnRows, and
 // of each fragment of 8 columns those at 2 (l % 4) and 2 (l % 4) + 1. Row r lies in row tile r / 2,
 // at elements 2 (r % 2) and 2 (r % 2) + 1.
@@ -68,7 +59,7 @@ class WarpRows {
 #pragma unroll
       for (int d = 0; d < Shape::kDimFragments; ++d) {
         float pair[2] = {sums_[r / 2][d][r % 2 * 2], sums_[r / 2][d][r % 2 * 2 + 1]};
-        store_columns(p, packed_row, split, column(d), pair, own);
+        store_columns(p, packed_row, split, column(d), pair, own, true);
       }
     }
   }
