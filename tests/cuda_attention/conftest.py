@@ -1,4 +1,4 @@
-"""The attention kernels behind `run`: on the CPU under each schedule, and on a GPU if there is one."""
+"""The attention kernels behind `run`: under each schedule on the CPU, and on a GPU where one is."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ assert_accurate = op_tests.assert_accurate
 paged_cache = op_tests.paged_cache
 rng = op_tests.rng
 pytest_configure = op_tests.pytest_configure
-pytest_generate_tests = op_tests.pytest_generate_tests
 
 GPU = [pytest.param(None, id="gpu", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 
 
-@pytest.fixture(params=[*SCHEDULES, *GPU], ids=str)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    op_tests.pytest_generate_tests(metafunc)
+    if "run" in metafunc.fixturenames:
+        schedules = getattr(metafunc.module, "SCHEDULES", SCHEDULES)
+        metafunc.parametrize("run", [*schedules, *GPU], ids=str, indirect=True)
+
+
+@pytest.fixture
 def run(request: pytest.FixtureRequest) -> Emulated | op_tests.Implementation:
     """`run(op, *args)`"""
     if request.param is None:
