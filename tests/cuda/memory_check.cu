@@ -1,5 +1,5 @@
-// Launches the kernels of norm, activation, rope and sampling on each of their paths, in buffers
-// that end where the data ends, for the tools that watch memory: AddressSanitizer and
+// Launches the kernels of six op families on each of their paths, in buffers that end where the
+// data ends, for the tools that watch memory: AddressSanitizer and
 // ThreadSanitizer under the emulator, compute-sanitizer on a GPU. Other tests compare the results.
 //   memory_check FAMILY [quick]
 // `quick` leaves out the sizes that a slow tool would spend minutes on.
@@ -167,11 +167,69 @@ void samples(DType dtype, bool quick) {
   }
 }
 
+void gathers(DType dtype, bool) {
+  constexpr int64_t kRows = 19, kColumns = 72, kRank = 3;
+  for (int64_t world : {1, 3, 11}) {
+    for (DType to : {DType::kFloat32, DType::kFloat16}) {
+      Buffers b;
+      const int64_t partition = ceil_div(kRows * kColumns, world);
+      UnpackEntry whole{b.numbers(to, kRows * kColumns),
+                        nullptr,
+                        nullptr,
+                        0,
+                        partition,
+                        kRows,
+                        kColumns,
+                        0,
+                        kRows,
+                        0,
+                        kColumns,
+                        0,
+                        0.f,
+                        to,
+                        dtype};
+      UnpackEntry slice = whole, merged = whole;
+      slice.column_begin = 5;
+      slice.column_end = 70;
+      slice.destination = b.numbers(to, kRows * 65);
+      merged.destination = b.numbers(to, kRows * kColumns);
+      merged.lora_a = b.numbers(dtype, kRank * kColumns);
+      merged.lora_b = b.numbers(dtype, kRows * kRank);
+      merged.lora_rank = kRank;
+      const std::vector<UnpackEntry> plain{whole, slice}, all{merged, slice, whole};
+      for (const auto& entries : {plain, all}) {
+        gather_unpack({b.numbers(dtype, world * partition), entries.data(),
+                       static_cast<int64_t>(entries.size()), partition, dtype},
+                      nullptr);
+        finish();
+      }
+    }
+  }
+}
+
+void advantages(DType, bool) {
+  for (int64_t length : {1, 31, 100}) {
+    Buffers b;
+    constexpr int64_t kRows = 9;
+    const int64_t count = kRows * length;
+    const auto floats = [&] { return static_cast<float*>(b.numbers(DType::kFloat32, count)); };
+    const uint8_t* mask = b.of(std::vector<uint8_t>(count, 1));
+    gae({floats(), floats(), floats(), floats(), mask, kRows, length, 0.9, 0.9}, nullptr);
+    double* moments = b.of(std::vector<double>(3));
+    const float* x = floats();
+    masked_moments(moments, x, mask, count, nullptr);
+    masked_whiten(floats(), x, mask, moments, count, true, 1e-8, nullptr);
+    finish();
+  }
+}
+
 void run(const std::string& family, DType dtype, bool quick) {
   if (family == "norm") return norms(dtype, quick);
   if (family == "activation") return activations(dtype, quick);
   if (family == "rope") return ropes(dtype, quick);
   if (family == "sampling") return samples(dtype, quick);
+  if (family == "gather") return gathers(dtype, quick);
+  if (family == "advantage") return advantages(dtype, quick);
   throw std::runtime_error("no family " + family);
 }
 

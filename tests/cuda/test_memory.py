@@ -12,8 +12,8 @@ from tests.cuda_emulator.build import CSRC, build_program, why_unavailable
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
-FAMILIES = ("norm", "activation", "rope", "sampling")
-SHARING = ("norm", "sampling")  # those whose threads share memory
+FAMILIES = ("norm", "activation", "rope", "sampling", "gather", "advantage")
+SHARING = ("norm", "sampling", "advantage")  # those whose threads share memory
 DRIVER = Path(__file__).with_name("memory_check.cu")
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "atexit_sleep_ms=0"}
 
