@@ -1,10 +1,12 @@
-"""The tests of the op families again, with the CUDA kernels behind `run`."""
+"""The CUDA kernels behind `run`: on the CPU under each schedule, and on a GPU if one is there."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.cuda.emulated import Emulated, emulate
+from tests.cuda.on_device import OnDevice
 from tests.cuda_emulator.build import ORDERS, SCHEDULES, why_unavailable
 from tests.ops import conftest as op_tests
 
@@ -12,18 +14,22 @@ assert_accurate = op_tests.assert_accurate
 rng = op_tests.rng
 pytest_configure = op_tests.pytest_configure
 
+GPU = [pytest.param(None, id="gpu", marks=pytest.mark.gpu)] * torch.cuda.is_available()
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op_tests.pytest_generate_tests(metafunc)
-    if hasattr(metafunc.module, "FAMILY") and "run" in metafunc.fixturenames:
+    if "run" in metafunc.fixturenames:
         orders = getattr(metafunc.module, "ORDERS", ORDERS)
         schedules = [schedule for schedule in SCHEDULES if schedule.order in orders]
-        metafunc.parametrize("run", schedules, ids=str, indirect=True)
+        metafunc.parametrize("run", [*schedules, *GPU], ids=str, indirect=True)
 
 
 @pytest.fixture
-def run(request: pytest.FixtureRequest) -> Emulated:
-    """`run(op, *args)` under each schedule of the module's ORDERS; its FAMILY names the kernels."""
+def run(request: pytest.FixtureRequest) -> Emulated | OnDevice:
+    """`run(op, *args)`; the module's FAMILY names the kernels, its ORDERS the schedules."""
+    if request.param is None:
+        return OnDevice()
     if reason := why_unavailable():
         pytest.skip(reason)
     return Emulated(emulate(request.module.FAMILY), request.param)
