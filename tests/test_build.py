@@ -50,17 +50,17 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def slow_compiler(tmp_path):
-    """A compiler that notes each compilation in `calls` and takes as long as `seconds` says."""
+    """A compiler that notes each compilation in `calls` and waits while there is a file `hold`."""
     real = build.find_compiler()
     script = tmp_path / "slow-cxx"
     script.write_text(
         "#!/bin/sh\n"
         'case " $* " in *" -c "*)\n'
-        f'  echo "$*" >> {tmp_path}/calls; sleep "$(cat {tmp_path}/seconds)";;\n'
+        f'  echo "$*" >> {tmp_path}/calls\n'
+        f"  while [ -e {tmp_path}/hold ]; do sleep 0.1; done;;\n"
         f'esac\nexec {real} "$@"\n'
     )
     script.chmod(0o755)
-    (tmp_path / "seconds").write_text("0.5")
     return script
 
 
@@ -105,7 +105,6 @@ def test_key_follows_sources(csrc, cache, edited):
 def test_key_follows_flags_compiler_and_torch(csrc, cache, slow_compiler, tmp_path, monkeypatch):
     import torch
 
-    (tmp_path / "seconds").write_text("0")
     folders = [build.build_cpu(csrc, isa).parent for isa in ("default", "avx2")]
     monkeypatch.setattr(build, "CPU_FLAGS", [*build.CPU_FLAGS, "-DEDITED"])
     folders.append(build.build_cpu(csrc, "default").parent)
@@ -117,7 +116,11 @@ def test_key_follows_flags_compiler_and_torch(csrc, cache, slow_compiler, tmp_pa
 
 
 def test_two_processes_at_once_build_once(csrc, cache, slow_compiler, tmp_path):
+    (tmp_path / "hold").touch()
     both = [start_build(csrc, CXX=str(slow_compiler)) for _ in range(2)]
+    wait_for(tmp_path / "calls")
+    time.sleep(1.5)  # for the other to come as far
+    (tmp_path / "hold").unlink()
     outputs = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
@@ -125,20 +128,20 @@ def test_two_processes_at_once_build_once(csrc, cache, slow_compiler, tmp_path):
 
 
 def test_a_killed_build_blocks_nobody(csrc, cache, slow_compiler, tmp_path):
-    (tmp_path / "seconds").write_text("600")
+    (tmp_path / "hold").touch()
     killed = start_build(csrc, CXX=str(slow_compiler))
     try:
         wait_for(tmp_path / "calls")
         os.kill(killed.pid, signal.SIGKILL)  # only Python: its compilers live on
         killed.wait(timeout=20)
-        (tmp_path / "seconds").write_text("0")
+        (tmp_path / "hold").unlink()
         rerun = start_build(csrc, CXX=str(slow_compiler))
         out, err = rerun.communicate(timeout=60)
         assert rerun.returncode == 0, err
         assert ctypes.CDLL(out.strip()).answer() == 42
         assert not list(Path(out.strip()).parent.glob("unfinished-*"))
     finally:
-        os.killpg(killed.pid, signal.SIGKILL)
+        (tmp_path / "hold").unlink(missing_ok=True)  # what was left of the first build ends too
         killed.communicate()
 
 
