@@ -24,16 +24,26 @@ namespace he::cuda {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
+constexpr int kFmaRows = 8;
+constexpr int64_t kMaxGridSide = 65535;  // of y and z
 
+// MmaShape<dimensions, warps on rows, warps on keys, tiles of 16 rows of a warp, keys of a tile>. A
+// warp keeps its sums and scores in registers, which bounds its rows and keys at wide heads.
 template <int kDim>
-using DecodeShape = std::conditional_t<kDim <= 128, MmaShape<kDim, 1, 4, 1, 64>,  //
-                                       MmaShape<kDim, 1, 2, 1, 32>>;
-// As many keys as registers allow: a warp holds 32 rows of sums and of scores, with 256 dimensions
-// 16.
-template <int kDim>
-using PrefillShape = std::conditional_t<
-    kDim <= 96, MmaShape<kDim, 4, 1, 2, 64>,
-    std::conditional_t<kDim <= 128, MmaShape<kDim, 4, 1, 2, 48>, MmaShape<kDim, 4, 1, 1, 32>>>;
+struct Shapes {
+  using Decode = MmaShape<kDim, 1, 4, 1, 64>;
+  using Prefill = MmaShape<kDim, 4, 1, 2, 64>;
+};
+template <>
+struct Shapes<128> {
+  using Decode = MmaShape<128, 1, 4, 1, 64>;
+  using Prefill = MmaShape<128, 4, 1, 2, 48>;
+};
+template <>
+struct Shapes<256> {
+  using Decode = MmaShape<256, 1, 2, 1, 32>;
+  using Prefill = MmaShape<256, 4, 1, 1, 32>;
+};
 
 // How the work is cut into blocks.
 struct Plan {
@@ -70,42 +80,45 @@ int64_t choose_splits(const PagedAttention& args, const Plan& plan, int64_t bloc
   return std::max<int64_t>(1, std::min(wanted, most));
 }
 
+int64_t block_elements(const PagedAttention& args) {
+  return args.num_kv_heads * args.block_size * args.head_dim;
+}
+
+void check_between(const char* what, int64_t found, int64_t least, int64_t most) {
+  if (least <= found && found <= most) return;
+  throw std::runtime_error(std::string(what) + ": expected " + std::to_string(least) + " to " +
+                           std::to_string(most) + ", got " + std::to_string(found));
+}
+
+void check(const PagedAttention& args) {
+  check_between("head_dim", args.head_dim, 1, kMaxHeadDim);
+  check_between("max_query_len", args.max_query_len, 1, INT32_MAX);
+  check_between("sequences", args.sequences, 1, kMaxGridSide);
+  check_between("kv heads", args.num_kv_heads, 1, kMaxGridSide);
+  check_between("elements of a cache block", block_elements(args), 1, INT32_MAX);
+  check_between("rows of q", args.tokens * args.num_heads, 1, INT32_MAX);
+}
+
 Plan make_plan(const PagedAttention& args) {
+  check(args);
   const int64_t rows = args.max_query_len * (args.num_heads / args.num_kv_heads);
   Plan plan{};
   plan.tensor_cores = args.dtype != DType::kFloat32 && has_aligned_rows(args);
-  const bool few_rows = rows <= (plan.tensor_cores ? DecodeShape<128>::kRows : 1);
-  if (plan.tensor_cores) {
-    plan.block_rows = few_rows              ? DecodeShape<128>::kRows
-                      : args.head_dim > 128 ? PrefillShape<256>::kRows
-                                            : PrefillShape<128>::kRows;
-  } else {
-    plan.block_rows = few_rows ? 1 : 8;
-  }
+  const int64_t most_few = plan.tensor_cores ? Shapes<128>::Decode::kRows : 1;
+  const bool few_rows = rows <= most_few;
+  const int64_t many =
+      args.head_dim > 128 ? Shapes<256>::Prefill::kRows : Shapes<128>::Prefill::kRows;
+  plan.block_rows = few_rows ? most_few : plan.tensor_cores ? many : kFmaRows;
   plan.row_tiles = ceil_div(rows, plan.block_rows);
-  // Rows that many warps share are short work for each key: more splits, and shorter ones.
-  plan.split_step = few_rows || !plan.tensor_cores ? 64 : 256;
-  plan.num_splits = choose_splits(args, plan, few_rows || !plan.tensor_cores ? 2 : 1);
+  // Where a block has few rows, keys are little work: short splits, and two blocks to a processor.
+  const bool little_work = few_rows || !plan.tensor_cores;
+  plan.split_step = little_work ? 64 : 256;
+  plan.num_splits = choose_splits(args, plan, little_work ? 2 : 1);
   return plan;
 }
 
 int64_t partial_stride(const PagedAttention& args) {
   return ceil_div<int64_t>(args.head_dim, 4) * 4;
-}
-
-int64_t block_elements(const PagedAttention& args) {
-  return args.num_kv_heads * args.block_size * args.head_dim;
-}
-
-void check(const PagedAttention& args) {
-  if (block_elements(args) > INT32_MAX) {
-    throw std::runtime_error("k_cache: expected blocks of at most " + std::to_string(INT32_MAX) +
-                             " elements, got " + std::to_string(block_elements(args)));
-  }
-  if (args.head_dim > kMaxHeadDim) {
-    throw std::runtime_error("head_dim: expected at most " + std::to_string(kMaxHeadDim) +
-                             ", got " + std::to_string(args.head_dim));
-  }
 }
 
 template <typename T>
@@ -158,10 +171,10 @@ void launch_fma(const AttentionParams<T>& p, dim3 grid, Stream stream) {
 
 template <int kDim, typename T>
 void launch_mma_of_dim(const AttentionParams<T>& p, const Plan& plan, dim3 grid, Stream stream) {
-  if (plan.block_rows == DecodeShape<kDim>::kRows) {
-    launch_mma<DecodeShape<kDim>>(p, grid, stream);
+  if (plan.block_rows == Shapes<kDim>::Decode::kRows) {
+    launch_mma<typename Shapes<kDim>::Decode>(p, grid, stream);
   } else {
-    launch_mma<PrefillShape<kDim>>(p, grid, stream);
+    launch_mma<typename Shapes<kDim>::Prefill>(p, grid, stream);
   }
 }
 
@@ -170,7 +183,7 @@ void launch_fma_of_dim(const AttentionParams<T>& p, const Plan& plan, dim3 grid,
   if (plan.block_rows == 1) {
     launch_fma<FmaShape<kDim, 1>>(p, grid, stream);
   } else {
-    launch_fma<FmaShape<kDim, 8>>(p, grid, stream);
+    launch_fma<FmaShape<kDim, kFmaRows>>(p, grid, stream);
   }
 }
 
@@ -197,7 +210,6 @@ int64_t paged_attention_workspace(const PagedAttention& args) {
 }
 
 void paged_attention(const PagedAttention& args, Stream stream) {
-  check(args);
   const Plan plan = make_plan(args);
   dispatch(args.dtype, [&](auto t) {
     const auto p = make_params<decltype(t)>(args, plan);

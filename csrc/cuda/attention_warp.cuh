@@ -65,13 +65,12 @@ class WarpRows {
   }
 
   // Leaves the rows to merge_and_store.
-  __device__ __forceinline__ void store_part(float* partials,      // [kWarpRows, kMergeStride]
-                                             float2* statistics_)  // [kWarpRows]
-      const {
+  __device__ __forceinline__ void store_part(float* partials,  // [kWarpRows, kMergeStride], shared
+                                             float2* row_statistics) const {  // [kWarpRows], shared
 #pragma unroll
     for (int r = 0; r < kOwnRows; ++r) {
       const float2 own = statistics(r);
-      if (lane() % 4 == 0) statistics_[local_row(r)] = own;
+      if (lane() % 4 == 0) row_statistics[local_row(r)] = own;
 #pragma unroll
       for (int d = 0; d < Shape::kDimFragments; ++d) {
         const float pair[2] = {sums_[r / 2][d][r % 2 * 2], sums_[r / 2][d][r % 2 * 2 + 1]};

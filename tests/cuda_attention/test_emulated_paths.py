@@ -128,10 +128,27 @@ def test_one_prompt_does_not_depend_on_the_others(run, paged_cache, rng, dtype):
     assert torch.equal(prefill(0, 3)[30:65], prefill(1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bf16"])
+def test_too_many_sequences_are_an_error(run, dtype):
+    batch = 65536
+    q, cache = torch.zeros(batch, 1, 8, dtype=dtype), torch.zeros(1, 1, 16, 8, dtype=dtype)
+    table, lengths = torch.zeros(batch, 1).int(), torch.ones(batch).int()
+    with pytest.raises(RuntimeError, match="sequences: expected 1 to 65535, got 65536"):
+        run(ops.decode_attention, q, cache, cache, table, lengths, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bf16"])
+def test_no_query_is_an_error_where_there_are_some(run, decode_inputs):
+    args, _ = decode_inputs()
+    bounds = torch.tensor([0, 1, 2], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="max_query_len: expected 1 to 2147483647, got 0"):
+        run(ops.prefill_attention, *args[:4], bounds, args[4], 0, 0.125)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_too_wide_a_head_is_an_error(run, decode_inputs):
     args, _ = decode_inputs(head_dim=264)
-    with pytest.raises(RuntimeError, match="head_dim: expected at most 256, got 264"):
+    with pytest.raises(RuntimeError, match="head_dim: expected 1 to 256, got 264"):
         run(ops.decode_attention, *args, 0.1)
 
 
