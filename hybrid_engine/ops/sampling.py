@@ -17,11 +17,17 @@ def _fake(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(rows, dtype=torch.int64), real, torch.empty_like(real)
 
 
+def _validate(logits: Tensor, *args: object) -> None:
+    if logits.numel() and not torch.isfinite(logits.amax(-1)).all():
+        raise ValueError("logits: NaN, or a row whose largest logit is not finite")
+
+
 @define_op(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
     "Tensor seeds, Tensor positions, Tensor? repetition_penalty=None, Tensor? seen=None) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake,
+    validate=_validate,
 )
 def sample(
     logits: Tensor,
@@ -41,7 +47,9 @@ def sample(
     threshold all stay in.
 
     Args:
-        logits: (B, V), fp32, bf16 or fp16. NaN, or a row without a finite maximum, is an error.
+        logits: (B, V), fp32, bf16 or fp16. NaN, or a row without a finite maximum, is an error. A
+            CUDA kernel cannot raise one: it gives the row token -1 and log-probs of NaN, unless
+            HYBRID_ENGINE_CHECK=1 looks at the logits first.
         temperature: (B,) fp32; 0 takes the first largest logit.
         top_k: (B,) int64; 0 keeps all.
         top_p: (B,) fp32; keeps the fewest most probable tokens whose mass reaches top_p; 1: all.
@@ -75,9 +83,8 @@ def sample(
         return _fake(logits)
     if vocab == 0:
         raise ValueError(f"logits: expected at least one token, got [{rows}, 0]")
+    _validate(logits)
     wide = logits.double()
-    if not torch.isfinite(wide.amax(-1)).all():
-        raise ValueError("logits: NaN, or a row whose largest logit is not finite")
     greedy = temperature == 0
     divisor = torch.where(greedy, 1.0, temperature.double()).unsqueeze(1)
     full = torch.log_softmax(wide / divisor, -1)

@@ -25,6 +25,8 @@ def test_gae_with_holes_of_any_length(run, rng, length):
     """The tokens that precede and follow a token may be in other steps of the warp."""
     rewards, values = (torch.randn(9, length, generator=rng) for _ in range(2))
     mask = torch.rand(9, length, generator=rng) < torch.linspace(0.02, 1, 9).unsqueeze(1)
+    mask[0] = False
+    mask[0, [0, -1]] = True
     rewards[~mask] = values[~mask] = float("nan")
     found = run(ops.gae, rewards, values, mask, 0.97, 0.9)
     truth = ops.gae.reference(rewards, values, mask, 0.97, 0.9)

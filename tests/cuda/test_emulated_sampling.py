@@ -91,6 +91,15 @@ def test_bad_rows_get_no_token_and_disturb_no_other(run, logits_of):
         assert actual[1:].isnan().all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_bad_rows_are_errors_where_contents_are_checked(logits_of, bad):
+    logits = logits_of(3, 8)
+    ops.sample.validate(logits, *settings([{}] * 3).values())
+    logits[1, 7] = bad
+    with pytest.raises(ValueError, match="logits: NaN, or a row whose largest"):
+        ops.sample.validate(logits, *settings([{}] * 3).values())
+
+
 def test_misaligned_rows_give_the_same_bits(run, logits_of):
     logits = logits_of(3, 512)
     args = settings([{}, {"top_k": 40, "top_p": 0.8}, {"min_p": 0.1}])
