@@ -1,4 +1,4 @@
-"""linear.cu on the CPU: the tests of its ops, then the sizes at which the launcher changes path."""
+"""linear.cu: the tests of its ops, then the sizes at which the launcher changes its path."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ tensor_cores = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"]
 )
 
-# Columns of a block: 8, 16 and 32, by the four multiprocessors of the emulator; one column more.
+# Columns of a block: 8, 16 and 32, by the multiprocessors, of which the emulator has four.
 OUT_DIMS = [3, 63, 65, 127, 129, 161]
+if torch.cuda.is_available():
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    OUT_DIMS += [16 * processors + 1, 32 * processors + 1]
 # The inner dimension in steps of 32 of a warp, and of 512 or 1024 of a block.
 IN_DIMS = [8, 40, 512, 520, 1032]
 

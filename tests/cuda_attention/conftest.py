@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from tests.cuda.emulated import Emulated, emulate
-from tests.cuda_emulator.build import SCHEDULES, why_unavailable
+from tests.cuda import conftest as cuda_tests
+from tests.cuda_emulator.build import SCHEDULES
 from tests.ops import conftest as op_tests
 
 assert_accurate = op_tests.assert_accurate
 paged_cache = op_tests.paged_cache
 rng = op_tests.rng
+run = cuda_tests.run
 pytest_configure = op_tests.pytest_configure
-
-GPU = [pytest.param(None, id="gpu", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op_tests.pytest_generate_tests(metafunc)
     if "run" in metafunc.fixturenames:
         schedules = getattr(metafunc.module, "SCHEDULES", SCHEDULES)
-        metafunc.parametrize("run", [*schedules, *GPU], ids=str, indirect=True)
-
-
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> Emulated | op_tests.Implementation:
-    """`run(op, *args)`"""
-    if request.param is None:
-        return op_tests.Implementation("cuda")
-    if reason := why_unavailable():
-        pytest.skip(reason)
-    return Emulated(emulate("attention"), request.param)
+        metafunc.parametrize("run", [*schedules, *cuda_tests.GPU], ids=str, indirect=True)

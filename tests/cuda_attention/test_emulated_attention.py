@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from tests.ops import test_attention as shared
 
+FAMILY = "attention"
+
 attend = shared.attend
 test_decode_attention = shared.test_decode_attention
 test_prefill_attention = shared.test_prefill_attention

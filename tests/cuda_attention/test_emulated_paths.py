@@ -10,6 +10,7 @@ from tests.cuda.layout import misaligned
 from tests.cuda_emulator.build import Schedule
 from tests.ops.test_attention import Case, attend, plain
 
+FAMILY = "attention"
 attend = attend
 # Sizes do not change how threads meet: the two schedules that find the most.
 SCHEDULES = [Schedule("random", "late", seed=1), Schedule("greedy", "eager", seed=2)]
