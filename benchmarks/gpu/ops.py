@@ -1,0 +1,142 @@
+"""Every op on the GPU against plain PyTorch: `python -m benchmarks.gpu.ops RECORD.json`.
+
+A case whose result is off is not timed. Times are device times of calls replayed in a CUDA graph,
+in rounds that alternate with the baseline; the record says what got slower. Exits with 1 if a case
+failed, with 3 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrid_engine import ops
+
+WORST_DIFFERENCE = 0.05  # of log-probs, between bf16 logits rounded and not
+
+
+def header() -> dict[str, Any]:
+    from benchmarks.gpu.timing import copy_bandwidth
+
+    root = Path(__file__).parents[2]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _output(query),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": _output(git),
+        "copy_GBps": round(copy_bandwidth(), 1),
+    }
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def measure(case: Any, copy_gbps: float) -> dict[str, Any]:
+    """The record of one case; without times if its result is off."""
+    from benchmarks.gpu.timing import alternate
+
+    record: dict[str, Any] = {"name": case.name, "kernel": case.op.implementation("cuda")}
+    if record["kernel"] == "reference":
+        return {**record, "failed": "no kernel for CUDA"}
+    error, allowed = case.check()
+    if not error <= allowed:
+        return {**record, "failed": f"error {error:.3g}, allowed {allowed:.3g}"}
+    (ours, spread), (plain, _) = alternate(
+        lambda: case.ours(*case.args), lambda: case.plain(*case.args)
+    )
+    record |= {"ours_us": ours * 1e6, "spread_us": spread * 1e6, "plain_us": plain * 1e6}
+    record["ratio"] = plain / ours
+    if case.bytes:
+        record["GBps"] = case.bytes / ours / 1e9
+    if case.large:
+        record["percent_of_copy"] = 100 * record["GBps"] / copy_gbps
+    if case.flops:
+        record["TFLOPs"] = case.flops / ours / 1e12
+    return record
+
+
+def line(record: dict[str, Any]) -> str:
+    if "failed" in record:
+        return f"{record['name']:<36}FAILED: {record['failed']}"
+    rate = f"{record['TFLOPs']:.0f} TFLOP/s" if "TFLOPs" in record else f"{record['GBps']:.0f} GB/s"
+    share = f"{record['percent_of_copy']:.0f} %" if "percent_of_copy" in record else ""
+    return (
+        f"{record['name']:<36}{record['ours_us']:>10.1f} +-{record['spread_us']:>6.2f}"
+        f"{record['plain_us']:>11.1f}{record['ratio']:>8.2f}{rate:>16}{share:>8}"
+    )
+
+
+def run(path: Path) -> bool:
+    """Measure everything, write the record, and say whether all went well."""
+    from benchmarks.gpu import cases, cases_model
+
+    result: dict[str, Any] = {**header(), "cases": []}
+    print("  ".join(f"{key}={value}" for key, value in result.items() if key != "cases"))
+    columns = ("case", "ours us", "+-", "torch us", "ratio", "rate", "of copy")
+    print("{:<36}{:>10}{:>9}{:>11}{:>8}{:>16}{:>8}".format(*columns))
+    for family in (*cases.FAMILIES, *cases_model.FAMILIES):
+        try:
+            for case in family():
+                record = measure(case, result["copy_GBps"])
+                result["cases"].append(record)
+                print(line(record), flush=True)
+        except Exception:  # one family must not cost the figures of the others
+            result["cases"].append({"name": family.__name__, "failed": traceback.format_exc()})
+            print(traceback.format_exc(), flush=True)
+        torch.cuda.empty_cache()
+        path.write_text(json.dumps(result))
+    summarise(result)
+    path.write_text(json.dumps(result))
+    print(json.dumps(result))
+    return not any("failed" in record for record in [*result["cases"], result["linear_logprob"]])
+
+
+def summarise(result: dict[str, Any]) -> None:
+    from benchmarks.gpu import cases_model
+
+    timed = [record for record in result["cases"] if "ratio" in record]
+    if timed:
+        logarithms = [math.log(record["ratio"]) for record in timed]
+        result["geometric_mean"] = math.exp(sum(logarithms) / len(timed))
+        print(f"geometric mean {result['geometric_mean']:.2f} over {len(timed)} cases")
+    slower = [
+        f"{record['name']} ({record['ratio']:.2f})" for record in timed if record["ratio"] < 1
+    ]
+    print(f"slower than torch: {', '.join(slower) or 'none'}")
+    result["linear_logprob"] = logprob = cases_model.logprob_memory()
+    if not logprob["largest_difference"] <= WORST_DIFFERENCE:
+        logprob["failed"] = f"log-probs differ by {logprob['largest_difference']:.3g}"
+    print("linear_logprob:", logprob)
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("no GPU: nothing was measured", file=sys.stderr)
+        return 3
+    if ops.NATIVE.cuda_library is None:
+        print(f"no CUDA kernels: {ops.NATIVE.cuda_reason}", file=sys.stderr)
+        return 1
+    return 0 if run(Path(sys.argv[1])) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
