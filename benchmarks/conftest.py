@@ -7,18 +7,14 @@ written once by an ideal implementation) and cold (whether its operands are beyo
 from __future__ import annotations
 
 import json
-import math
 import os
-import platform
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-PROBE_BYTES = 1 << 30
+from rlhf.bench.measure import geometric_mean, machine, read_bandwidth
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,41 +32,6 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     return None
 
 
-def clock() -> float:
-    """Seconds; with one thread those of its processor, which a busy machine does not inflate."""
-    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def _seconds(function: Any) -> float:
-    start = clock()
-    function()
-    return clock() - start
-
-
-def read_bandwidth() -> float:
-    """The best rate in GB/s at which torch reads 1 GiB: a matrix-vector product or a norm."""
-    matrix = torch.ones(PROBE_BYTES // 4).view(-1, 16384)
-    vector = torch.ones(16384)
-    probes = (lambda: torch.mv(matrix, vector), lambda: torch.linalg.vector_norm(matrix))
-    return max(PROBE_BYTES / min(_seconds(f) for _ in range(12)) / 1e9 for f in probes)
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     records = [
         {"name": bench.name.split("[")[1].rstrip("]"), **bench.extra_info}
@@ -79,19 +40,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     ]
     if not records:
         return
-    from hybrid_engine import ops
-
-    peak = read_bandwidth()
-    header = {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "kernels": ops.NATIVE.isa,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "load": [round(x, 1) for x in os.getloadavg()],
-        "read_GBps": round(peak, 1),
-    }
+    peak = read_bandwidth() / 1e9
+    header = machine(read_GBps=round(peak, 1))
     write = terminalreporter.write_line
     write("")
     write("  ".join(f"{key}={value}" for key, value in header.items()))

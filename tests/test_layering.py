@@ -28,6 +28,7 @@ FLOORS = [
     ["rlhf.trainers"],
     ["rlhf.evaluation"],
     ["rlhf.pipeline"],
+    ["rlhf.bench"],
     ["rlhf.cli"],
     ["rlhf"],
 ]

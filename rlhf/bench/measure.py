@@ -1,0 +1,168 @@
+"""What every benchmark shares: who measured, how fast memory is, and taking turns.
+
+A figure without the machine, the versions and the commit cannot be compared with anything, and two
+figures taken one after the other on a shared machine are not a ratio: contenders alternate.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROBE_BYTES = 1 << 30  # beyond any cache
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "ctranslate2", "vllm")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the repeats of one call, warm-up excluded."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles; with two repeats, between the two."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time each call `repeats` times, every repeat in turn over all calls, after `warmup` rounds.
+
+    The order is reversed in every other round, so that none always runs in another's wake.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(warmup + repeats):
+        for name in list(calls)[:: 1 if round_ % 2 == 0 else -1]:
+            gc.collect()  # what the one before left is not this one's to clear
+            synchronize()
+            start = clock()
+            calls[name]()
+            synchronize()
+            if round_ >= warmup:
+                seconds[name].append(clock() - start)
+    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def busy_clock() -> float:
+    """Seconds; with one thread those of its processor, which a busy machine does not inflate."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def read_bandwidth(
+    device: torch.device | str = "cpu",
+    *,
+    size: int = PROBE_BYTES,
+    clock: Callable[[], float] = busy_clock,
+) -> float:
+    """The best rate, in bytes a second, at which torch reads `size` bytes on the device.
+
+    The faster of a matrix-vector product and a norm: neither writes anything to speak of.
+    """
+    matrix = torch.ones(max(1, size // 4 // 16384), 16384, device=device)
+    vector = torch.ones(16384, device=device)
+    best = math.inf
+    for probe in (lambda: torch.mv(matrix, vector), lambda: torch.linalg.vector_norm(matrix)):
+        timing = interleave({"probe": probe}, repeats=8, clock=clock)["probe"]
+        best = min(best, *timing.seconds)
+    return matrix.numel() * matrix.itemsize / best
+
+
+def machine(**more: Any) -> dict[str, Any]:
+    """The header of a record: hardware, versions, commit and load, then what is given."""
+    from hybrid_engine import ops
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": processor(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "kernels": ops.NATIVE.isa or "reference",
+        "python": platform.python_version(),
+        "versions": versions(PACKAGES),
+        "commit": commit(),
+        "load": round(os.getloadavg()[0], 1),
+        "date": time.strftime("%Y-%m-%d"),
+        **more,
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed ones among the packages."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """Of the checkout that this file lies in, `-dirty` if it has changes; else the version."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        done = None
+    if done is not None and done.returncode == 0:
+        return done.stdout.strip()
+    return "hybrid-rlhf " + versions(["hybrid-rlhf"]).get("hybrid-rlhf", "unknown")
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def append_record(path: Path | str, record: Mapping[str, Any]) -> None:
+    """One JSON record, on one line at the end of the file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path | str) -> list[dict[str, Any]]:
+    """The records of a file that `append_record` wrote."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
