@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,10 +65,17 @@ class HybridEngine:
             self._in_rollout = False
             self._cache = None
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams | None = None) -> Rollout:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | None = None,
+        *,
+        on_finish: Callable[[int, list[int]], None] | None = None,
+    ) -> Rollout:
         """Responses to token-id prompts of any lengths, sampled as `params` says.
 
-        Outside `rollout()` the flip happens for this call alone.
+        Outside `rollout()` the flip happens for this call alone. `on_finish` is called with the
+        place in the rollout and the tokens of each response as it ends, while others decode.
 
         Raises ValueError for an empty prompt, or one that with max_new_tokens passes the model's
         positions.
@@ -78,6 +85,9 @@ class HybridEngine:
             loop = self._start([p for p in prompts for _ in range(params.n)], params)
             while not loop.done:
                 loop.step()
+                if on_finish is not None:
+                    for place, response in loop.take_finished():
+                        on_finish(place, response)
         return loop.rollout(self._pad_token_id())
 
     def stream(self, prompt: list[int], params: SamplingParams | None = None) -> Iterator[int]:

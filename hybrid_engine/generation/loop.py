@@ -47,6 +47,7 @@ class GenerationLoop:
         self.truncated_logprobs = torch.zeros(shape, device=device)
         self.lengths = torch.zeros(prompts, dtype=torch.int64, device=device)
         self.finish_reasons: list[FinishReason] = ["length"] * prompts
+        self._finished: list[int] = []  # places of ended sequences, until they are taken
 
     @property
     def done(self) -> bool:
@@ -59,6 +60,11 @@ class GenerationLoop:
             self._prefill(admitted)
         if self._rows.count:
             self._decode()
+
+    def take_finished(self) -> list[tuple[int, list[int]]]:
+        """Place and response of each sequence that has ended since the last call."""
+        finished, self._finished = self._finished, []
+        return [(i, self.tokens[i, : int(self.lengths[i])].tolist()) for i in finished]
 
     def rollout(self, pad_token_id: int) -> Rollout:
         """What was generated, cut to the longest response."""
@@ -164,6 +170,7 @@ class GenerationLoop:
             sequence = self._scheduler.finish(row)
             if was_stop[i]:
                 self.finish_reasons[sequence.index] = "stop"
+            self._finished.append(sequence.index)
             self._rows.remove(row)
 
 

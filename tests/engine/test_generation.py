@@ -7,6 +7,7 @@ import torch
 
 from hybrid_engine import EngineConfig, HybridEngine, Rollout, SamplingParams
 from hybrid_engine.cache import KVCache
+from hybrid_engine.generation.loop import GenerationLoop
 from hybrid_engine.generation.scheduler import Scheduler
 
 SAMPLED = SamplingParams(max_new_tokens=24, seed=7)
@@ -187,3 +188,23 @@ def test_truncated_sampling_keeps_both_logprobs(build, prompts) -> None:
     likeliest = engine.generate(prompts, SamplingParams(max_new_tokens=24, top_k=1))
     assert torch.equal(likeliest.tokens, engine.generate(prompts, GREEDY).tokens)
     assert torch.equal(likeliest.truncated_logprobs, torch.zeros_like(likeliest.logprobs))
+
+
+@pytest.mark.parametrize("max_running", [256, 2], ids=lambda m: f"running{m}")
+def test_each_response_is_handed_over_as_it_ends(
+    build, prompts, monkeypatch: pytest.MonkeyPatch, max_running: int
+) -> None:
+    steps: list[int] = []
+    step = GenerationLoop.step
+    monkeypatch.setattr(GenerationLoop, "step", lambda loop: (steps.append(1), step(loop)))
+    model = build("llama")
+    model.generation_config.eos_token_id = [2, 9, 33]
+    taken: list[tuple[int, list[int], int]] = []
+    found = HybridEngine(model, EngineConfig(max_running=max_running)).generate(
+        prompts, SAMPLED, on_finish=lambda i, response: taken.append((i, response, len(steps)))
+    )
+    assert sorted(i for i, *_ in taken) == list(range(len(prompts)))
+    assert all(response == found.response(i) for i, response, _ in taken)
+    assert len({len(response) for _, response, _ in taken}) > 1
+    if max_running >= len(prompts):  # all start together: prefill, and a token with each step
+        assert all(at == max(1, len(response) - 1) for _, response, at in taken)
