@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import DataConfig, RunConfig
 from rlhf.data import (
     Purpose,
+    RowBatches,
     Split,
     encode_demonstrations,
     encode_preferences,
     encode_prompts,
     load_rows,
     load_tokenizer,
-    shuffled_batches,
     texts_of,
     train_tokenizer,
 )
@@ -142,7 +142,7 @@ class Pipeline:
 
     def _train_ppo(self, trainer: PPOTrainer, prompts: list[list[int]]) -> None:
         config = self.config.ppo
-        batches = shuffled_batches(len(prompts), config.batch_size, seed=self.config.seed)
+        batches = RowBatches(len(prompts), config.batch_size, whole=True, seed=self.config.seed)
         with (
             Tracker(self.folder, "ppo") as tracker,
             ProgressBar("PPO", config.iterations, self._console) as bar,

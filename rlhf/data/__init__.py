@@ -3,8 +3,8 @@
     rows = load_rows("synthetic", purpose="demonstrations", split="train")     # canonical rows
     tokenizer = load_tokenizer("path/or/hub-name")                             # or train_tokenizer
     encoded = encode_demonstrations(rows, tokenizer, max_length=512)           # ids and loss masks
-    batches = LengthGroupedBatches([len(ids) for ids in encoded["input_ids"]], 16, seed=0)
-    for indices in batches.epoch(0):
+    batches = RowBatches(len(encoded), 16, seed=0)                             # has a state_dict
+    for indices in batches:
         input_ids, lengths = collate_right(encoded[indices]["input_ids"], tokenizer.pad_token_id)
 
 `sources` finds the rows, `formats` brings them into one form, `encoding` makes ids and masks of
@@ -12,10 +12,9 @@ them, `batching` tensors. `synthetic` is an instruction set whose answers have a
 """
 
 from rlhf.data.batching import (
-    LengthGroupedBatches,
+    RowBatches,
     collate_right,
     length_mask,
-    shuffled_batches,
 )
 from rlhf.data.encoding import (
     Demonstration,
@@ -55,11 +54,11 @@ __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "Demonstration",
     "Dialogue",
-    "LengthGroupedBatches",
     "Message",
     "Preference",
     "Purpose",
     "Row",
+    "RowBatches",
     "Split",
     "answer_quality",
     "collate_right",
@@ -77,7 +76,6 @@ __all__ = [
     "parse_dialogue",
     "prepare_tokenizer",
     "quality",
-    "shuffled_batches",
     "texts_of",
     "to_completion",
     "to_demonstration",

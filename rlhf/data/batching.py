@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 
 import torch
@@ -29,58 +29,95 @@ def length_mask(lengths: torch.Tensor, width: int) -> torch.Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]  # (B, T)
 
 
-class LengthGroupedBatches:
-    """Batches of row indices with nearly equal lengths, in a new order each epoch.
+class RowBatches:
+    """Batches of row indices without end, every pass over the rows in a new order.
 
-    The rows are shuffled, sorted by length in stretches of a few batches, cut into batches, and
-    the batches shuffled: little padding, little bias. The order depends on (seed, epoch) only, so
-    a run that resumes in epoch e at batch i goes on where it stopped.
+    With `lengths` a batch's rows are nearly equally long: the rows are shuffled, sorted by length
+    in stretches of a few batches, cut into batches, and the batches shuffled; little padding,
+    little bias. Without, a batch is a plain random draw. With `whole`, what is left of a pass when
+    no whole batch fits is left out of it.
+
+    The order depends on (seed, epoch) only. `state_dict` is a position in it, which
+    `load_state_dict` goes back to: the batches that follow are the very same.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int = 0) -> None:
-        if not lengths:
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        *,
+        lengths: Sequence[int] | None = None,
+        whole: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if rows < 1:
             raise ValueError("no rows to make batches of")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._lengths = list(lengths)
-        self._batch_size = batch_size
+        if lengths is not None and len(lengths) != rows:
+            raise ValueError(f"lengths: expected one for each of {rows} rows, got {len(lengths)}")
+        self._rows = rows
+        self._batch_size = min(batch_size, rows)
+        self._lengths = lengths
+        self._whole = whole
         self._seed = seed
+        self._epoch, self._batch = 0, 0  # of the batch that comes next
+        self._order: tuple[int, list[list[int]]] = (-1, [])  # the epoch that it is, its batches
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch; the last rows make a smaller one."""
-        return -(-len(self._lengths) // self._batch_size)
+        """Return the number of batches in an epoch; without `whole` the last may be smaller."""
+        full, rest = divmod(self._rows, self._batch_size)
+        return full if self._whole or not rest else full + 1
 
-    def epoch(self, epoch: int) -> Iterator[list[int]]:
-        """Yield the batches of an epoch, each row exactly once."""
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
+        if self._order[0] != self._epoch:
+            self._order = (self._epoch, self._batches_of(self._epoch))
+        batch = self._order[1][self._batch]
+        self._batch += 1
+        if self._batch == len(self):
+            self._epoch, self._batch = self._epoch + 1, 0
+        return batch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the batch that comes next, from 0."""
+        return self._epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the data the next batch begins, and in what order of how many rows."""
+        return {"epoch": self._epoch, "batch": self._batch, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state_dict` was taken. Raises ValueError if data or batches are others."""
+        saved = {name: state[name] for name in self._identity()}
+        if saved != self._identity():
+            raise ValueError(
+                f"cannot go on in other data: the position was saved with {saved}, and now it is"
+                f" {self._identity()}; restore the dataset, batch_size and seed, or start anew"
+            )
+        self._epoch, self._batch = state["epoch"], state["batch"]
+
+    def _identity(self) -> dict[str, int]:
+        return {"rows": self._rows, "batch_size": self._batch_size, "seed": self._seed}
+
+    def _batches_of(self, epoch: int) -> list[list[int]]:
         rng = Random(f"{self._seed}-{epoch}")
-        order = list(range(len(self._lengths)))
+        order = list(range(self._rows))
         rng.shuffle(order)
+        size = self._batch_size
+        if self._lengths is not None:
+            self._sort_stretches(order, self._lengths)
+        batches = [order[start : start + size] for start in range(0, self._rows, size)]
+        if self._lengths is not None:
+            rng.shuffle(batches)
+        return [b for b in batches if len(b) == size] if self._whole else batches
+
+    def _sort_stretches(self, order: list[int], lengths: Sequence[int]) -> None:
         together = min(_MOST_BATCHES_SORTED_TOGETHER, max(1, len(self) // 4))
         stretch = self._batch_size * together  # of few rows a part: batches must mix anew
         for start in range(0, len(order), stretch):
-            order[start : start + stretch] = sorted(
-                order[start : start + stretch], key=lambda i: self._lengths[i]
-            )
-        batches = [
-            order[start : start + self._batch_size]
-            for start in range(0, len(order), self._batch_size)
-        ]
-        rng.shuffle(batches)
-        yield from batches
-
-
-def shuffled_batches(count: int, batch_size: int, *, seed: int = 0) -> Iterator[list[int]]:
-    """Yield whole batches of row indices without end, each pass over the rows in a new order.
-
-    What is left of a pass when no whole batch fits is left out of it; fewer rows than a batch
-    make one batch of all of them.
-    """
-    size = min(batch_size, count)
-    if size < 1:
-        raise ValueError("no rows to make batches of")
-    rng = Random(seed)
-    while True:
-        order = list(range(count))
-        rng.shuffle(order)
-        for start in range(0, count - size + 1, size):
-            yield order[start : start + size]
+            part = slice(start, start + stretch)
+            order[part] = sorted(order[part], key=lambda i: lengths[i])

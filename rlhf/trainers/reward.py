@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import RewardConfig
-from rlhf.data import LengthGroupedBatches, collate_right
+from rlhf.data import RowBatches, collate_right
 from rlhf.engines import SingleProcessEngine
 from rlhf.losses import preference_loss
 from rlhf.models import sequence_scores
@@ -39,29 +41,24 @@ class RewardTrainer:
         config = self._config
         chosen, rejected = rows["chosen_ids"], rows["rejected_ids"]
         lengths = [len(a) + len(b) for a, b in zip(chosen, rejected, strict=True)]
-        batches = LengthGroupedBatches(lengths, config.batch_size, seed=self._seed)
+        batches = RowBatches(len(rows), config.batch_size, lengths=lengths, seed=self._seed)
         steps = len(batches) * config.epochs
         engine = SingleProcessEngine(self._model, config.optimizer, total_steps=steps)
         self._model.train()
-        step = 0
         with ProgressBar("reward", steps, console) as bar:
-            for epoch in range(config.epochs):
-                for indices in batches.epoch(epoch):
-                    loss, accuracy = self._train_batch(engine, rows[indices])
-                    info = engine.step()
-                    step += 1
-                    tracker.log(
-                        step,
-                        {
-                            "loss": loss,
-                            "accuracy": accuracy,
-                            "lr": info.learning_rate,
-                            "grad_norm": info.grad_norm,
-                        },
-                    )
-                    bar.advance(
-                        tokens=sum(lengths[i] for i in indices), loss=loss, accuracy=accuracy
-                    )
+            for step, indices in enumerate(islice(batches, steps), 1):
+                loss, accuracy = self._train_batch(engine, rows[indices])
+                info = engine.step()
+                tracker.log(
+                    step,
+                    {
+                        "loss": loss,
+                        "accuracy": accuracy,
+                        "lr": info.learning_rate,
+                        "grad_norm": info.grad_norm,
+                    },
+                )
+                bar.advance(tokens=sum(lengths[i] for i in indices), loss=loss, accuracy=accuracy)
 
     def evaluate(self, rows: Dataset) -> dict[str, float]:
         """Loss per pair, share of pairs ranked right (ties count half), mean margin."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import torch
 from datasets import Dataset
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import SFTConfig
-from rlhf.data import LengthGroupedBatches, collate_right
+from rlhf.data import RowBatches, collate_right
 from rlhf.engines import SingleProcessEngine
 from rlhf.models import completion_logprobs
 from rlhf.tracking import ProgressBar, Tracker
@@ -37,22 +38,19 @@ class SFTTrainer:
     def train(self, rows: Dataset, *, tracker: Tracker, console: Console) -> None:
         config = self._config
         lengths = [len(ids) for ids in rows["input_ids"]]
-        batches = LengthGroupedBatches(lengths, config.batch_size, seed=self._seed)
+        batches = RowBatches(len(rows), config.batch_size, lengths=lengths, seed=self._seed)
         steps = len(batches) * config.epochs
         engine = SingleProcessEngine(self._model, config.optimizer, total_steps=steps)
         self._model.train()
-        step = 0
         with ProgressBar("SFT", steps, console) as bar:
-            for epoch in range(config.epochs):
-                for indices in batches.epoch(epoch):
-                    loss = self._train_batch(engine, rows[indices])
-                    info = engine.step()
-                    step += 1
-                    tracker.log(
-                        step,
-                        {"loss": loss, "lr": info.learning_rate, "grad_norm": info.grad_norm},
-                    )
-                    bar.advance(tokens=sum(lengths[i] for i in indices), loss=loss)
+            for step, indices in enumerate(islice(batches, steps), 1):
+                loss = self._train_batch(engine, rows[indices])
+                info = engine.step()
+                tracker.log(
+                    step,
+                    {"loss": loss, "lr": info.learning_rate, "grad_norm": info.grad_norm},
+                )
+                bar.advance(tokens=sum(lengths[i] for i in indices), loss=loss)
 
     def evaluate(self, rows: Dataset) -> dict[str, float]:
         """Mean loss per completion token, and its exponential."""
