@@ -23,7 +23,7 @@ FLOORS = [
     ["hybrid_engine.self_check", "hybrid_engine.hf_request"],
     ["hybrid_engine.accelerate"],
     ["hybrid_engine"],
-    ["rlhf.config", "rlhf.losses", "rlhf.advantages", "rlhf.kl", "rlhf.experience"],
+    ["rlhf.config", "rlhf.files", "rlhf.losses", "rlhf.advantages", "rlhf.kl", "rlhf.experience"],
     ["rlhf.data", "rlhf.models", "rlhf.engines", "rlhf.tracking"],
     ["rlhf.trainers"],
     ["rlhf.evaluation"],

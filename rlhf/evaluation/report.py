@@ -16,7 +16,7 @@ from rich.table import Table
 
 from rlhf.evaluation.policy import PolicyEvaluation
 from rlhf.evaluation.throughput import Throughput
-from rlhf.models import finished_file
+from rlhf.files import finished_file
 
 History = Sequence[dict[str, float]]
 

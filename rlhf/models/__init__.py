@@ -7,13 +7,11 @@ from rlhf.models.forward import (
     sequence_scores,
 )
 from rlhf.models.loading import build_causal_lm, load_causal_lm, load_scorer, parameter_count
-from rlhf.models.saving import finished_directory, finished_file, save_model
+from rlhf.models.saving import save_model
 
 __all__ = [
     "build_causal_lm",
     "completion_logprobs",
-    "finished_directory",
-    "finished_file",
     "load_causal_lm",
     "load_scorer",
     "parameter_count",

@@ -1,10 +1,8 @@
-"""Folders and files that are either whole or not there."""
+"""Models on disk, in Hugging Face's format."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,34 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-
-@contextlib.contextmanager
-def finished_directory(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `path` only when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        if path.is_dir():
-            os.replace(path, replaced)  # at once; removing takes time, and could be interrupted
-        os.replace(unfinished, path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def finished_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` only when the block ends well."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+from rlhf.files import finished_directory
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

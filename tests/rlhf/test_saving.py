@@ -17,7 +17,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rlhf.models import finished_directory, load_causal_lm, load_scorer, save_model
+from rlhf.files import finished_directory
+from rlhf.models import load_causal_lm, load_scorer, save_model
 
 IDS = torch.tensor([[1, 5, 90, 7, 200, 33]])
 
