@@ -88,13 +88,28 @@ class HybridEngine:
                 if on_finish is not None:
                     for place, response in loop.take_finished():
                         on_finish(place, response)
-        return loop.rollout(self._pad_token_id())
+        return loop.rollout()
+
+    def start(
+        self, prompts: list[list[int]], params: SamplingParams | None = None
+    ) -> GenerationLoop:
+        """As `generate`, but the caller takes the steps, and may cancel responses between them.
+
+        Valid inside `rollout()`: `step()` until `done`, `cancel(i)`, then `rollout()`.
+        """
+        if not self._in_rollout:
+            raise RuntimeError("start() works inside `with engine.rollout():`")
+        params = params or SamplingParams()
+        loop = self._start([p for p in prompts for _ in range(params.n)], params)
+        self._cache = None  # this loop's alone: other calls may come between two steps
+        return loop
 
     def stream(self, prompt: list[int], params: SamplingParams | None = None) -> Iterator[int]:
         """The response to one prompt, token by token as they are sampled."""
+        if params and params.n > 1:
+            raise ValueError(f"a stream is one response, got n={params.n}; use generate or start")
         with contextlib.nullcontext() if self._in_rollout else self.rollout():
-            loop = self._start([prompt], params or SamplingParams())
-            self._cache = None  # this loop's alone: other calls may come between two tokens
+            loop = self.start([prompt], params)
             sent = 0
             while not loop.done:
                 loop.step()
@@ -132,6 +147,7 @@ class HybridEngine:
 
     def _start(self, prompts: list[list[int]], params: SamplingParams) -> GenerationLoop:
         self._check(prompts, params)
+        stop_token_ids = self._stop_token_ids(params)
         cache = self._cache_for(prompts, params)
         scheduler = Scheduler(
             prompts,
@@ -145,12 +161,19 @@ class HybridEngine:
             cache,
             scheduler,
             params,
-            prompts=len(prompts),
+            prompts=prompts,
             capacity=max(1, min(len(prompts), self._config.max_running)),
-            stop_token_ids=self._stop_token_ids(params),
+            stop_token_ids=stop_token_ids,
+            pad_token_id=self._pad_token_id(),
         )
 
     def _check(self, prompts: list[list[int]], params: SamplingParams) -> None:
+        embedded: int = self._model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        vocab = self._decoder.vocab_size
+        if vocab > embedded:
+            raise ValueError(
+                f"the head says {vocab} tokens, the embedding knows {embedded}; resize one of them"
+            )
         limit = self._decoder.max_positions - params.max_new_tokens
         for i, prompt in enumerate(prompts):
             if not prompt:
@@ -161,9 +184,9 @@ class HybridEngine:
                     f"{params.max_new_tokens} the model's {self._decoder.max_positions} positions "
                     f"leave room for {limit}"
                 )
-            if not 0 <= min(prompt) <= max(prompt) < self._decoder.vocab_size:
+            if not 0 <= min(prompt) <= max(prompt) < vocab:
                 raise ValueError(
-                    f"prompt {i} has token ids outside [0, {self._decoder.vocab_size})"
+                    f"prompt {i} has token ids outside [0, {vocab}), the rows of the model's head"
                 )
 
     def _cache_for(self, prompts: list[list[int]], params: SamplingParams) -> KVCache:
@@ -194,9 +217,13 @@ class HybridEngine:
         return self._cache
 
     def _stop_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
-        if params.stop_token_ids is not None:
-            return params.stop_token_ids
-        return tuple(_as_list(self._generation_setting("eos_token_id")))
+        vocab = self._decoder.vocab_size
+        if params.stop_token_ids is None:  # a config may name one that the head cannot say
+            ids = _as_list(self._generation_setting("eos_token_id"))
+            return tuple(token for token in ids if 0 <= token < vocab)
+        if outside := [token for token in params.stop_token_ids if not 0 <= token < vocab]:
+            raise ValueError(f"stop_token_ids {outside} are outside the head's [0, {vocab})")
+        return params.stop_token_ids
 
     def _pad_token_id(self) -> int:
         return (_as_list(self._generation_setting("pad_token_id")) or [0])[0]

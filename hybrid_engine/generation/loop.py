@@ -10,6 +10,8 @@ from hybrid_engine.cache import KVCache
 from hybrid_engine.generation.params import FinishReason, Rollout, SamplingParams
 from hybrid_engine.generation.rows import Rows
 from hybrid_engine.generation.scheduler import Scheduler, Sequence
+from hybrid_engine.generation.seeds import sequence_seeds
+from hybrid_engine.generation.stop_strings import StopStringWatch
 from hybrid_engine.models import Decoder
 
 
@@ -23,9 +25,10 @@ class GenerationLoop:
         scheduler: Scheduler,
         params: SamplingParams,
         *,
-        prompts: int,
+        prompts: list[list[int]],
         capacity: int,
         stop_token_ids: tuple[int, ...],
+        pad_token_id: int,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
@@ -40,18 +43,30 @@ class GenerationLoop:
             vocab_size=decoder.vocab_size if params.repetition_penalty != 1 else None,
         )
         self._sampling = _sampling_tensors(params, capacity, device)
+        self._seeds = torch.tensor(sequence_seeds(prompts, params.seed), device=device)
         self._stop = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
-        shape = (prompts, params.max_new_tokens)
+        self._stop_strings = (
+            StopStringWatch(params.stop_strings, prompts, params.max_new_tokens, device)
+            if params.stop_strings and prompts
+            else None
+        )
+        self._pad_token_id = pad_token_id
+        shape = (len(prompts), params.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(shape, device=device)
         self.truncated_logprobs = torch.zeros(shape, device=device)
-        self.lengths = torch.zeros(prompts, dtype=torch.int64, device=device)
-        self.finish_reasons: list[FinishReason] = ["length"] * prompts
+        self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        self.finish_reasons: list[FinishReason] = ["length"] * len(prompts)
         self._finished: list[int] = []  # places of ended sequences, until they are taken
 
     @property
     def done(self) -> bool:
         return self._scheduler.done
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks of the cache that no sequence holds."""
+        return self._scheduler.free_blocks
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -66,12 +81,21 @@ class GenerationLoop:
         finished, self._finished = self._finished, []
         return [(i, self.tokens[i, : int(self.lengths[i])].tolist()) for i in finished]
 
-    def rollout(self, pad_token_id: int) -> Rollout:
-        """What was generated, cut to the longest response."""
+    def cancel(self, index: int) -> None:
+        """End a response where it is, at once; one that has ended already stays as it is."""
+        was_there, row = self._scheduler.cancel(index)
+        if row is not None:
+            self._rows.remove(row)
+        if was_there:
+            self.finish_reasons[index] = "cancelled"
+            self._finished.append(index)
+
+    def rollout(self) -> Rollout:
+        """What was generated so far, cut to the longest response."""
         longest = int(self.lengths.max()) if len(self.lengths) else 0
         inside = torch.arange(longest, device=self.lengths.device) < self.lengths.unsqueeze(1)
         return Rollout(
-            tokens=torch.where(inside, self.tokens[:, :longest], pad_token_id),
+            tokens=torch.where(inside, self.tokens[:, :longest], self._pad_token_id),
             logprobs=torch.where(inside, self.logprobs[:, :longest], 0.0),
             truncated_logprobs=torch.where(inside, self.truncated_logprobs[:, :longest], 0.0),
             lengths=self.lengths.clone(),
@@ -135,11 +159,10 @@ class GenerationLoop:
         which = slice(rows.count) if chosen is None else torch.tensor(chosen, device=device)
         indices, steps = rows.indices[which], rows.steps[which]
         temperature, top_k, top_p, min_p, penalty = (t[: len(indices)] for t in self._sampling)
-        seeds = indices + (self._params.seed << 32)
         logits = self._logits(hidden, steps)
         seen = None if rows.seen is None else rows.seen[which]
         tokens, logprobs, truncated = ops.sample(
-            logits, temperature, top_k, top_p, min_p, seeds, steps,
+            logits, temperature, top_k, top_p, min_p, self._seeds[indices], steps,
             None if seen is None else penalty, seen,
         )  # fmt: skip
         self.tokens[indices, steps] = tokens
@@ -151,7 +174,7 @@ class GenerationLoop:
         rows.steps[which] = lengths
         if rows.seen is not None:
             rows.seen[rows.numbers[which], tokens] = 1
-        self._retire(tokens, lengths, chosen)
+        self._retire(self._stopped(indices, lengths, tokens), lengths, chosen)
 
     def _logits(self, hidden: Tensor, steps: Tensor) -> Tensor:
         """(B, V), with the stop tokens out of reach in the first min_new_tokens steps."""
@@ -161,8 +184,14 @@ class GenerationLoop:
             logits[:, self._stop] = logits[:, self._stop].masked_fill(early, float("-inf"))
         return logits
 
-    def _retire(self, tokens: Tensor, steps: Tensor, chosen: list[int] | None) -> None:
+    def _stopped(self, indices: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+        """(B,) bool: which sequences end with these tokens."""
         stopped = torch.isin(tokens, self._stop)
+        if self._stop_strings:
+            stopped |= self._stop_strings.ended(indices, lengths, tokens)
+        return stopped
+
+    def _retire(self, stopped: Tensor, steps: Tensor, chosen: list[int] | None) -> None:
         ended = (stopped | (steps >= self._params.max_new_tokens)).nonzero().flatten().tolist()
         was_stop = stopped.tolist() if ended else []
         for i in reversed(ended):  # the last row moves into a hole, so from the end

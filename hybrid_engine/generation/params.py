@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
+from transformers import StopStringCriteria
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class SamplingParams:
     min_p: float = 0.0  # drop tokens under min_p times the largest probability
     repetition_penalty: float = 1.0  # over 1: tokens of prompt and response get less probable
     n: int = 1  # responses to each prompt, one after the other in the rollout
-    seed: int = 0  # with the response's place in the rollout, determines every draw
+    seed: int = 0  # with the prompt, and which of its responses it is, determines every draw
     stop_token_ids: tuple[int, ...] | None = None  # None: the model's generation_config
+    stop_strings: StopStringCriteria | None = None  # texts that end a response, with a tokenizer
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -47,6 +49,11 @@ class SamplingParams:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be in [0, 2^31), got {self.seed}")
+        if not isinstance(self.stop_strings, StopStringCriteria | None):
+            raise ValueError(
+                "stop_strings must be transformers.StopStringCriteria(tokenizer, [text, ...]), "
+                f"which knows the tokens of the texts; got {self.stop_strings!r}"
+            )
 
 
 @dataclass

@@ -49,6 +49,10 @@ class Scheduler:
     def done(self) -> bool:
         return not self.waiting and not self.running
 
+    @property
+    def free_blocks(self) -> int:
+        return self._allocator.num_free
+
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to the end of `running`; they have blocks for their tokens.
 
@@ -99,6 +103,20 @@ class Scheduler:
     def finish(self, row: int) -> Sequence:
         """Free the row's blocks. The last row moves into its place."""
         return self._remove(row)
+
+    def cancel(self, index: int) -> tuple[bool, int | None]:
+        """Drop a sequence: whether it was still there, and the row that it ran in.
+
+        The last row moves into that row's place.
+        """
+        for row, sequence in enumerate(self.running):
+            if sequence.index == index:
+                self._remove(row)
+                return True, row
+        kept = deque(sequence for sequence in self.waiting if sequence.index != index)
+        was_waiting = len(kept) < len(self.waiting)
+        self.waiting = kept
+        return was_waiting, None
 
     def _remove(self, row: int) -> Sequence:
         sequence = self.running[row]

@@ -36,6 +36,7 @@ def assert_usable(engine: HybridEngine, build: Callable[..., nn.Module]) -> None
 BAD_PROMPTS = {
     "empty": ([[1], []], "prompt 1 is empty"),
     "too-long": ([[1] * 121], "prompt 0 has 121 tokens.*max_new_tokens=8.*128 positions.*120"),
+    "long-prompt-in-a-batch": ([[1], [1] * 300], "prompt 1 has 300 tokens"),
     "above-vocabulary": ([[1, 97]], r"prompt 0 has token ids outside \[0, 97\)"),
     "negative": ([[1], [3, -1, 5]], r"prompt 1 has token ids outside \[0, 97\)"),
 }
@@ -66,6 +67,76 @@ def test_weights_that_are_not_finite(engine: HybridEngine, build, value: float) 
         engine.generate([[1, 5, 9], [1]], GREEDY)
     with torch.no_grad():
         model.lm_head.weight.copy_(kept)
+    assert_usable(engine, build)
+
+
+def test_nan_everywhere(build) -> None:
+    """NaN in a layer, not in the head: it arrives in the logits of all."""
+    model = build("llama")
+    engine = HybridEngine(model)
+    kept = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan"))
+    with pytest.raises((ValueError, RuntimeError), match="NaN"):
+        engine.generate([[1, 5, 9]], GREEDY)
+    model.model.layers[0].mlp.up_proj.weight.data.copy_(kept)
+    assert_usable(engine, build)
+
+
+def test_pad_that_is_eos(engine: HybridEngine, hf_greedy) -> None:
+    """The stop token is kept once, and what follows is padding by length, whatever its number."""
+    model = engine._model
+    stop = engine.generate([[1, 5, 9]], GREEDY).response(0)[3]
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = stop
+    rollout = engine.generate([[1, 5, 9], [1]], GREEDY)
+    assert rollout.response(0) == hf_greedy(model, [1, 5, 9], 8)
+    assert rollout.response(0)[-1] == stop
+    assert rollout.response(1) == hf_greedy(model, [1], 8)
+    assert (rollout.tokens[0, int(rollout.lengths[0]) :] == stop).all()
+
+
+def test_eos_that_never_comes(engine: HybridEngine) -> None:
+    """Max_new_tokens ends the response; an eos past the head's rows can never be said."""
+    model = engine._model
+    free = engine.generate([[1, 5, 9]], GREEDY)
+    unsaid = next(token for token in range(97) if token not in free.response(0))
+    for eos in (unsaid, 50_256, [unsaid, 50_256]):
+        model.generation_config.eos_token_id = eos
+        rollout = engine.generate([[1, 5, 9]], GREEDY)
+        assert torch.equal(rollout.tokens, free.tokens)
+        assert rollout.finish_reasons == ["length"]
+
+
+def test_stop_token_outside_the_head(engine: HybridEngine, build) -> None:
+    with pytest.raises(ValueError, match=r"stop_token_ids \[97, -1\] are outside.*\[0, 97\)"):
+        engine.generate([[1]], SamplingParams(max_new_tokens=8, stop_token_ids=(3, 97, -1)))
+    assert_usable(engine, build)
+
+
+def resized_head(model: Any, rows: int) -> Any:
+    weight = torch.randn(rows, 48, generator=torch.Generator().manual_seed(3))
+    model.lm_head = nn.Linear(48, rows, bias=False)
+    model.lm_head.weight = nn.Parameter(weight)
+    return model
+
+
+def test_vocabulary_larger_than_the_head(build, hf_greedy) -> None:
+    """What the head cannot say is no prompt token either; all else is as in HF."""
+    model = resized_head(build("llama"), 90)
+    engine = HybridEngine(model)
+    assert engine.generate([[1, 89]], GREEDY).response(0) == hf_greedy(model, [1, 89], 8)
+    with pytest.raises(ValueError, match=r"outside \[0, 90\), the rows of the model's head"):
+        engine.generate([[1, 90]], GREEDY)
+
+
+def test_head_larger_than_the_vocabulary(build) -> None:
+    engine = HybridEngine(resized_head(build("llama"), 128))
+    with pytest.raises(ValueError, match="head says 128 tokens, the embedding knows 97"):
+        engine.generate([[1, 5]], GREEDY)
+
+
+def test_a_stream_of_several_responses(engine: HybridEngine, build) -> None:
+    with pytest.raises(ValueError, match="one response, got n=2"):
+        next(engine.stream([1], SamplingParams(n=2)))
     assert_usable(engine, build)
 
 
@@ -138,7 +209,11 @@ def test_model_that_is_not_served(build, name: str) -> None:
 
 OPTIONS: list[tuple[type, dict[str, Any]]] = [
     (SamplingParams, {"max_new_tokens": 0}),
+    (SamplingParams, {"min_new_tokens": -1}),
+    (SamplingParams, {"n": 0}),
+    (SamplingParams, {"n": -1}),
     (SamplingParams, {"temperature": -0.1}),
+    (SamplingParams, {"repetition_penalty": 0.0}),
     (SamplingParams, {"top_k": -1}),
     (SamplingParams, {"top_p": 0.0}),
     (SamplingParams, {"top_p": 1.1}),

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_engine import HybridEngine, Rollout, SamplingParams
+from hybrid_engine import HybridEngine, Rollout, SamplingParams, models
 from hybrid_engine.cache import KVCache
 from hybrid_engine.models import Decoder, DecoderBatch, find_family
 
-FAMILIES = pytest.mark.parametrize("family", ["llama", "opt"])
+FAMILIES = pytest.mark.parametrize("family", models.FAMILIES)
 BLOCK = 16
 
 
