@@ -21,6 +21,26 @@ def _fraction(config: object, *names: str) -> None:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (PEFT) instead of all weights, in every step."""
+
+    r: int = 0
+    """Rank of the adapters; 0: train all weights."""
+    alpha: int = 16
+    """Adapters are scaled by alpha / r."""
+    dropout: float = 0.0
+    """On the adapters' input, in SFT, reward model and DPO."""
+    target_modules: list[str] | None = None
+    """Names of the layers to adapt, such as [q_proj, v_proj]; default: every linear layer."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "alpha")
+        _fraction(self, "dropout")
+        if self.r < 0:
+            raise ValueError(f"lora.r must be 0 or more, got {self.r}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The pretrained model that the first step starts from."""
 
@@ -34,6 +54,8 @@ class ModelConfig:
     """With init and no tokenizer: size of a byte-level BPE trained on the SFT data."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters; r above 0 switches them on."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.init is not None:

@@ -34,11 +34,13 @@ from rlhf.evaluation import (
     write_report,
 )
 from rlhf.models import (
+    add_adapters,
     build_causal_lm,
     load_causal_lm,
     load_scorer,
     parameter_count,
     save_model,
+    whole_model,
 )
 from rlhf.tracking import ProgressBar, Stopwatch, Tracker
 from rlhf.trainers import PPOTrainer, RewardTrainer, RLHFEngine, SFTTrainer
@@ -87,7 +89,7 @@ class Pipeline:
                 encoded = encode_demonstrations(heldout, tokenizer, max_length=limit)
                 self.report.sft = trainer.evaluate(encoded)
                 self.report.histories["sft"] = tracker.history
-            save_model(model, tokenizer, self.folder / "sft")
+            save_model(model, tokenizer, self.folder / "sft", base=self.config.model.path)
 
     def reward(self) -> None:
         config = self.config.reward
@@ -96,6 +98,7 @@ class Pipeline:
             path = config.model_path or self._from_step("sft", "reward.model_path")
             tokenizer = load_tokenizer(path)
             model = load_scorer(path, tokenizer, dtype=self._dtype)
+            add_adapters(model, self.config.model.lora)
             self.report.parameters = parameter_count(model)
             limit = config.data.max_length
             trainer = RewardTrainer(model, tokenizer, config, seed=self.config.seed)
@@ -111,7 +114,7 @@ class Pipeline:
             sample = demonstrations.select(range(min(NORMALISATION_ROWS, len(demonstrations))))
             sample = encode_demonstrations(sample, tokenizer, max_length=limit)
             self.report.reward |= trainer.normalise(list(sample["input_ids"]))
-            save_model(model, tokenizer, self.folder / "reward")
+            save_model(model, tokenizer, self.folder / "reward", base=path)
 
     def ppo(self) -> None:
         config = self.config.ppo
@@ -128,6 +131,8 @@ class Pipeline:
             actor = load_causal_lm(actor_path, tokenizer, dtype=self._dtype)
             self.report.parameters = parameter_count(actor)
             critic = load_scorer(reward_path, tokenizer, dtype=self._dtype)
+            for trained in (actor, critic):
+                add_adapters(trained, self.config.model.lora)
             reward = load_scorer(reward_path, tokenizer, dtype=self._dtype)
             engine = RLHFEngine(actor, critic, reward, tokenizer)
             trainer = PPOTrainer(engine, config, seed=self.config.seed)
@@ -135,8 +140,8 @@ class Pipeline:
             rows = encode_prompts(rows, tokenizer, max_length=config.data.max_length)
             self._train_ppo(trainer, list(rows["input_ids"]))
             engine.rollout_engine.release()
-            save_model(actor, tokenizer, self.folder / "actor")
-            save_model(critic, tokenizer, self.folder / "critic")
+            save_model(actor, tokenizer, self.folder / "actor", base=actor_path)
+            save_model(critic, tokenizer, self.folder / "critic", base=reward_path)
         with self._watch("evaluation"):
             self._evaluate(actor, engine.reference, reward, tokenizer)
 
@@ -171,7 +176,8 @@ class Pipeline:
         rows = rows.select(range(min(evaluation.prompts, len(rows))))
         rows = encode_prompts(rows, tokenizer, max_length=ppo.data.max_length)
         options: dict[str, Any] = {"max_new_tokens": ppo.max_new_tokens, "metric": self._metric}
-        self.report.before = evaluate_policy(sft, sft, reward, tokenizer, rows, **options)
+        with whole_model(sft) as policy:
+            self.report.before = evaluate_policy(policy, sft, reward, tokenizer, rows, **options)
         self.report.after = evaluate_policy(actor, sft, reward, tokenizer, rows, **options)
         answers = zip(
             rows["prompt"], self.report.before.completions, self.report.after.completions,
@@ -204,7 +210,8 @@ class Pipeline:
         if model.init is not None:
             return build_causal_lm(model.init, tokenizer, dtype=self._dtype), tokenizer
         assert model.path is not None
-        return load_causal_lm(model.path, tokenizer, dtype=self._dtype), tokenizer
+        pretrained = load_causal_lm(model.path, tokenizer, dtype=self._dtype)
+        return add_adapters(pretrained, model.lora), tokenizer
 
     def _rows(self, data: DataConfig, purpose: Purpose, split: Split) -> Dataset:
         return load_rows(

@@ -7,16 +7,22 @@ from rlhf.models.forward import (
     sequence_scores,
 )
 from rlhf.models.loading import build_causal_lm, load_causal_lm, load_scorer, parameter_count
+from rlhf.models.lora import adapters_off, add_adapters, has_adapters, reference_of, whole_model
 from rlhf.models.saving import save_model
 
 __all__ = [
+    "adapters_off",
+    "add_adapters",
     "build_causal_lm",
     "completion_logprobs",
+    "has_adapters",
     "load_causal_lm",
     "load_scorer",
     "parameter_count",
+    "reference_of",
     "response_logprobs",
     "response_values",
     "save_model",
     "sequence_scores",
+    "whole_model",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from rlhf.engines import SingleProcessEngine
 from rlhf.experience import Experience
 from rlhf.kl import KLController, k1
 from rlhf.losses import policy_loss, value_loss
-from rlhf.models import response_logprobs, response_values, sequence_scores
+from rlhf.models import reference_of, response_logprobs, response_values, sequence_scores
 from rlhf.tracking import Stopwatch
 from rlhf.trainers.statistics import UpdateStatistics
 
@@ -29,8 +28,8 @@ Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 class RLHFEngine:
     """The four models of PPO, and the rollout engine on the actor's weights.
 
-    The reference is a frozen copy of the actor as it comes in. The reward is a one-label
-    classifier, or any `Scorer`.
+    The reference is the actor as it comes in: a frozen copy, or, of an actor with adapters, the
+    actor without them. The reward is a one-label classifier, or any `Scorer`.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class RLHFEngine:
     ) -> None:
         self.actor = actor.eval()  # dropout would make every log-prob noisy
         self.critic = critic.eval()
-        self.reference = copy.deepcopy(actor).requires_grad_(False)
+        self.reference = reference_of(actor)
         self.tokenizer = tokenizer
         self.score: Scorer = reward if not isinstance(reward, nn.Module) else model_scorer(reward)
         self.rollout_engine = HybridEngine(actor, engine_config)
