@@ -114,7 +114,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(
 
 
 def test_a_full_disk_in_the_tokenizer_is_an_os_error(causal_lm, tokenizer, tmp_path: Path) -> None:
-    class OnlyTokenizer:
+    class OnlyTokenizer(torch.nn.Module):
         save_pretrained: Callable[..., None] = lambda self, folder: None
 
     with pytest.raises(OSError, match=r"cannot write .*File too large"), file_size_limit(5_000):
