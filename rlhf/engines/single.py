@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.config import OptimizerConfig
+from rlhf.engines.interface import PlainEngine, StepInfo
+from rlhf.engines.schedule import ADAM_BETAS, ADAM_EPS, learning_rate_factor, parameter_groups
 
-ADAM_EPS = 1e-5  # "The 37 implementation details of PPO", no. 3
-ADAM_BETAS = (0.9, 0.95)
-FINAL_FRACTION = 0.1  # of the highest learning rate, at the end of the schedule
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """One optimizer step."""
-
-    learning_rate: float
-    grad_norm: float  # before clipping
+STATE_FILE = "state.pt"
 
 
-class SingleProcessEngine:
+class SingleProcessEngine(PlainEngine):
     """A module with its optimizer. `backward` as often as there are micro-batches, then `step`.
 
     The optimizer moves fp32 masters: at a learning rate near 1e-6 weights of fewer bits would round
@@ -31,19 +24,18 @@ class SingleProcessEngine:
     """
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, *, total_steps: int) -> None:
-        self.module = module
-        self._max_grad_norm = config.max_grad_norm
-        self._weights = [p for p in module.parameters() if p.requires_grad]
-        self._masters = [_master(weight) for weight in self._weights]
+        super().__init__(module)
+        self._config = config
+        self._total_steps = total_steps
+        self._steps = 0  # taken
+        self._weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._masters = {name: _master(weight) for name, weight in self._weights.items()}
         self._optimizer = torch.optim.AdamW(
-            _parameter_groups(self._masters, config.weight_decay),
+            parameter_groups(list(self._masters.values()), config.weight_decay),
             lr=config.learning_rate,
             betas=ADAM_BETAS,
             eps=ADAM_EPS,
             fused=True,
-        )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: learning_rate_factor(step, total_steps, config)
         )
 
     def backward(self, loss: Tensor) -> None:
@@ -56,49 +48,71 @@ class SingleProcessEngine:
         """
         for weight, master in self._halves():
             master.grad = None if weight.grad is None else weight.grad.float()
-        norm = float(nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm))
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"training has diverged, the gradient's norm is {norm}: lower the learning rate"
-            )
-        learning_rate = float(self._schedule.get_last_lr()[0])
+        masters = list(self._masters.values())
+        norm = float(nn.utils.clip_grad_norm_(masters, self._config.max_grad_norm))
+        check_finite(norm)
+        factor = learning_rate_factor(self._steps, self._total_steps, self._config)
+        learning_rate = self._config.learning_rate * factor
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._schedule.step()
+        self._steps += 1
         with torch.no_grad():
             for weight, master in self._halves():
                 weight.copy_(master)
                 weight.grad = None
         return StepInfo(learning_rate, norm)
 
+    def save(self, folder: Path) -> None:
+        """Weights that are not trained stay out: they are where the model came from."""
+        state = {
+            "steps": self._steps,
+            "masters": {name: master.detach() for name, master in self._masters.items()},
+            "optimizer": self._optimizer.state_dict(),
+        }
+        torch.save(state, folder / STATE_FILE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Raises ValueError where the state is of another model, and leaves this one alone."""
+        state: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True)
+        check_same_weights(self._masters, state["masters"], folder)
+        for name, master in self._masters.items():
+            master.copy_(state["masters"][name])
+            self._weights[name].copy_(master)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._steps = state["steps"]
+
     def _halves(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Weights of fewer than 32 bits with their masters."""
-        pairs = zip(self._weights, self._masters, strict=True)
+        pairs = ((weight, self._masters[name]) for name, weight in self._weights.items())
         return [(weight, master) for weight, master in pairs if weight is not master]
 
 
-def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """The share of the highest learning rate at a step, counted from 0."""
-    warmup = round(config.warmup_fraction * total_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    fall = 0.5 * (1 - math.cos(math.pi * progress)) if config.schedule == "cosine" else progress
-    return 1 - (1 - FINAL_FRACTION) * fall
+def check_finite(norm: float) -> None:
+    """Raises ValueError for the norm of a gradient that would ruin the weights."""
+    if not math.isfinite(norm):
+        raise ValueError(
+            f"training has diverged, the gradient's norm is {norm}: lower the learning rate"
+        )
+
+
+def check_same_weights(
+    ours: dict[str, nn.Parameter], saved: dict[str, Tensor], folder: Path
+) -> None:
+    """Raises ValueError unless names and shapes agree."""
+    shapes = {name: tuple(weight.shape) for name, weight in ours.items()}
+    found = {name: tuple(weight.shape) for name, weight in saved.items()}
+    if different := sorted(n for n in shapes | found if shapes.get(n) != found.get(n)):
+        name = different[0]
+        raise ValueError(
+            f"{folder} is a checkpoint of another model: {name} is {found.get(name)} there and "
+            f"{shapes.get(name)} here ({len(different)} weights differ)"
+        )
 
 
 def _master(weight: nn.Parameter) -> nn.Parameter:
     if weight.dtype == torch.float32:
         return weight
     return nn.Parameter(weight.detach().float())
-
-
-def _parameter_groups(
-    parameters: list[nn.Parameter], weight_decay: float
-) -> list[dict[str, object]]:
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]

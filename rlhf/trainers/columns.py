@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlhf import distributed
+
 Columns = Mapping[str, list[Any]]
 
 
-def micro_batches(batch: Columns, size: int) -> Iterator[dict[str, list[Any]]]:
-    """Consecutive pieces of at most `size` rows."""
+def micro_batches(batch: Columns, size: int) -> Iterator[tuple[dict[str, list[Any]], float]]:
+    """This rank's pieces of at most `size` rows, and what their losses weigh.
+
+    Every rank gets as many pieces, since ranks that share a model compute together. One that has no
+    row left repeats the batch's first one with weight 0.
+    """
     count = len(next(iter(batch.values())))
-    for start in range(0, count, size):
-        yield {name: list(column[start : start + size]) for name, column in batch.items()}
+    ranks = distributed.world_size()
+    ours = range(distributed.rank(), count, ranks)
+    for start in range(0, -(-count // ranks), size):
+        rows = ours[start : start + size] or range(1)
+        weight = 1.0 if start < len(ours) else 0.0
+        yield {name: [column[i] for i in rows] for name, column in batch.items()}, weight

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_engine import EngineConfig, HybridEngine, Rollout, SamplingParams
+from rlhf import distributed
 from rlhf.advantages import gae, masked_mean, shape_rewards, whiten
 from rlhf.config import PPOConfig
 from rlhf.data import collate_right, length_mask
-from rlhf.engines import SingleProcessEngine
+from rlhf.engines import Engine, Engines
 from rlhf.experience import Experience
 from rlhf.kl import KLController, k1
 from rlhf.losses import policy_loss, value_loss
@@ -40,19 +41,26 @@ class RLHFEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         engine_config: EngineConfig | None = None,
+        engines: Engines | None = None,
     ) -> None:
+        self.engines = engines or Engines()
         self.actor = actor.eval()  # dropout would make every log-prob noisy
         self.critic = critic.eval()
         self.reference = reference_of(actor)
         self.tokenizer = tokenizer
-        self.score: Scorer = reward if not isinstance(reward, nn.Module) else model_scorer(reward)
+        self.frozen_reference = self.engines.frozen(self.reference, role="reference")
+        self.score: Scorer = (
+            model_scorer(self.engines.frozen(reward, role="reward"))
+            if isinstance(reward, nn.Module)
+            else reward
+        )
         self.rollout_engine = HybridEngine(actor, engine_config)
 
 
-def model_scorer(reward: nn.Module) -> Scorer:
+def model_scorer(reward: Engine) -> Scorer:
     """The scores of a reward model that shares the actor's tokenizer."""
-    reward.eval().requires_grad_(False)
-    return lambda input_ids, prompt_lengths, lengths: sequence_scores(reward, input_ids, lengths)
+    reward.module.eval().requires_grad_(False)
+    return lambda ids, prompt_lengths, lengths: reward(sequence_scores, ids, lengths)
 
 
 class PPOTrainer:
@@ -67,19 +75,25 @@ class PPOTrainer:
         self._seed = seed
         self._order = torch.Generator().manual_seed(seed)
         steps = config.iterations * config.epochs * config.mini_batches
-        self._actor = SingleProcessEngine(engine.actor, config.actor_optimizer, total_steps=steps)
-        self._critic = SingleProcessEngine(
-            engine.critic, config.critic_optimizer, total_steps=steps
+        self._actor = engine.engines.training(
+            engine.actor, config.actor_optimizer, total_steps=steps, role="actor"
+        )
+        self._critic = engine.engines.training(
+            engine.critic, config.critic_optimizer, total_steps=steps, role="critic"
         )
         self._watch = Stopwatch()
 
     def generate_experience(self, prompts: Sequence[Sequence[int]]) -> Experience:
-        """Roll out the actor on token-id prompts, score the responses, shape the rewards."""
+        """Roll out the actor on token-id prompts, score the responses, shape the rewards.
+
+        Ranks divide the prompts among them, and all have the whole experience afterwards.
+        """
         self._watch = Stopwatch()
-        with self._watch("rollout"):
-            rollout = self._roll_out([list(prompt) for prompt in prompts])
+        ours = [list(prompt) for prompt in distributed.share(prompts)]
+        with self._watch("rollout"), self._actor.gathered():
+            rollout = self._roll_out(ours)
         with self._watch("score"), torch.no_grad():
-            experience = self._score(prompts, rollout)
+            experience = self._shape(self._score(ours, rollout))
         self._log_experience(experience)
         return experience
 
@@ -92,6 +106,7 @@ class PPOTrainer:
         self.iteration += 1
         kl = (experience.old_logprobs - experience.ref_logprobs).sum(1).mean()
         self.kl.update(float(kl), len(experience))
+        statistics.add_up_ranks()
         self._log_update(experience, statistics)
         return statistics.mean("policy_loss"), statistics.mean("value_loss")
 
@@ -105,7 +120,8 @@ class PPOTrainer:
         )
         return self.engine.rollout_engine.generate(prompts, params)
 
-    def _score(self, prompts: Sequence[Sequence[int]], rollout: Rollout) -> Experience:
+    def _score(self, prompts: Sequence[Sequence[int]], rollout: Rollout) -> dict[str, Tensor]:
+        """The columns of Experience that the models give, for this rank's prompts."""
         config, engine = self.config, self.engine
         input_ids, prompt_lengths = self._join(prompts, rollout)
         lengths = rollout.lengths
@@ -114,20 +130,20 @@ class PPOTrainer:
         def by_part(function: Callable[[slice], Tensor]) -> Tensor:
             return _cat_padded([function(part) for part in parts])
 
-        def logprobs(model: nn.Module) -> Tensor:
+        def logprobs(model: Engine) -> Tensor:
             return by_part(
-                lambda part: response_logprobs(
-                    model, input_ids[part], prompt_lengths[part], lengths[part],
+                lambda part: model(
+                    response_logprobs, input_ids[part], prompt_lengths[part], lengths[part],
                     temperature=config.temperature,
                 )[0]
             )  # fmt: skip
 
         from_rollout = config.old_logprobs == "rollout"
-        old_logprobs = rollout.logprobs if from_rollout else logprobs(engine.actor)  # (B, T)
-        ref_logprobs = logprobs(engine.reference)  # (B, T)
+        old_logprobs = rollout.logprobs if from_rollout else logprobs(self._actor)  # (B, T)
+        ref_logprobs = logprobs(engine.frozen_reference)  # (B, T)
         values = by_part(
-            lambda part: response_values(
-                engine.critic, input_ids[part], prompt_lengths[part], lengths[part]
+            lambda part: self._critic(
+                response_values, input_ids[part], prompt_lengths[part], lengths[part]
             )
         )  # (B, T)
         ended = torch.tensor(
@@ -139,25 +155,31 @@ class PPOTrainer:
                 for p in parts
             ]
         )  # (B,)
-        scores = scores - config.missing_eos_penalty * ~ended
-        mask = length_mask(lengths, old_logprobs.shape[1])
+        return {
+            "input_ids": input_ids,
+            "prompt_lengths": prompt_lengths,
+            "response_lengths": lengths,
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "values": values,
+            "scores": scores - config.missing_eos_penalty * ~ended,
+            "ended": ended,
+        }
+
+    def _shape(self, columns: dict[str, Tensor]) -> Experience:
+        """Rewards, advantages and returns of the whole batch."""
+        config = self.config
+        pad_id: Any = self.engine.tokenizer.pad_token_id
+        columns = distributed.gather_rows(columns, padding={"input_ids": pad_id})
+        lengths, values = columns["response_lengths"], columns["values"]
+        mask = length_mask(lengths, values.shape[1])
         rewards = shape_rewards(
-            scores, k1(old_logprobs, ref_logprobs), lengths,
+            columns["scores"], k1(columns["old_logprobs"], columns["ref_logprobs"]), lengths,
             kl_coef=self.kl.coef, clip=config.reward_clip,
         )  # fmt: skip  # (B, T)
         advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
         return Experience(
-            input_ids=input_ids,
-            prompt_lengths=prompt_lengths,
-            response_lengths=lengths,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            values=values,
-            scores=scores,
-            rewards=rewards,
-            advantages=whiten(advantages, mask),
-            returns=returns,
-            ended=ended,
+            **columns, rewards=rewards, advantages=whiten(advantages, mask), returns=returns
         )
 
     def _join(self, prompts: Sequence[Sequence[int]], rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -180,8 +202,9 @@ class PPOTrainer:
         """One optimizer step of each model; sums over micro-batches over one global count."""
         tokens = int(batch.response_mask.sum())
         train_actor = self.iteration >= self.config.critic_warmup
-        by_length = batch.lengths.argsort()
-        for part in by_length.split(self.config.micro_batch_size):
+        by_length = batch.lengths.argsort(stable=True)
+        ours = by_length[distributed.rank() :: distributed.world_size()]
+        for part in ours.split(self.config.micro_batch_size):
             micro = batch.select(part)
             with self._watch("update_actor"):
                 loss = self._policy_loss(micro, statistics)
@@ -196,8 +219,8 @@ class PPOTrainer:
             statistics.critic_step(self._critic.step())
 
     def _policy_loss(self, micro: Experience, statistics: UpdateStatistics) -> Tensor:
-        logprobs, entropy = response_logprobs(
-            self.engine.actor, micro.input_ids, micro.prompt_lengths, micro.response_lengths,
+        logprobs, entropy = self._actor(
+            response_logprobs, micro.input_ids, micro.prompt_lengths, micro.response_lengths,
             temperature=self.config.temperature,
         )  # fmt: skip
         mask = micro.response_mask
@@ -209,8 +232,8 @@ class PPOTrainer:
         return result.loss
 
     def _value_loss(self, micro: Experience, statistics: UpdateStatistics) -> Tensor:
-        values = response_values(
-            self.engine.critic, micro.input_ids, micro.prompt_lengths, micro.response_lengths
+        values = self._critic(
+            response_values, micro.input_ids, micro.prompt_lengths, micro.response_lengths
         )
         result = value_loss(
             values, micro.values, micro.returns, micro.response_mask,

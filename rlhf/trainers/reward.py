@@ -10,9 +10,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import distributed
 from rlhf.config import RewardConfig
 from rlhf.data import RowBatches, collate_right
-from rlhf.engines import SingleProcessEngine
+from rlhf.engines import Engine, Engines, PlainEngine, TrainingEngine
 from rlhf.losses import preference_loss
 from rlhf.models import sequence_scores
 from rlhf.tracking import ProgressBar, Tracker
@@ -31,8 +32,11 @@ class RewardTrainer:
         config: RewardConfig,
         *,
         seed: int = 0,
+        engines: Engines | None = None,
     ) -> None:
         self._model = model
+        self._engines = engines or Engines()
+        self.engine: Engine = PlainEngine(model)  # from `train` on the one that trains
         self._pad_id: int = tokenizer.pad_token_id
         self._config = config
         self._seed = seed
@@ -43,7 +47,10 @@ class RewardTrainer:
         lengths = [len(a) + len(b) for a, b in zip(chosen, rejected, strict=True)]
         batches = RowBatches(len(rows), config.batch_size, lengths=lengths, seed=self._seed)
         steps = len(batches) * config.epochs
-        engine = SingleProcessEngine(self._model, config.optimizer, total_steps=steps)
+        engine = self._engines.training(
+            self._model, config.optimizer, total_steps=steps, role="critic"
+        )
+        self.engine = engine
         self._model.train()
         with ProgressBar("reward", steps, console) as bar:
             for step, indices in enumerate(islice(batches, steps), 1):
@@ -65,10 +72,10 @@ class RewardTrainer:
         self._model.eval()
         margins = []
         with torch.no_grad():
-            for pairs in micro_batches(rows[:], self._config.micro_batch_size):
+            for pairs, weight in micro_batches(rows[:], self._config.micro_batch_size):
                 chosen, rejected = self._pair_scores(pairs)
-                margins.append(chosen - rejected)
-        margin = torch.cat(margins)
+                margins.append((chosen - rejected)[: len(chosen) if weight else 0])
+        margin = distributed.gather_rows({"margin": torch.cat(margins)})["margin"]
         right = (margin > 0).float() + 0.5 * (margin == 0).float()
         return {
             "eval/loss": float(preference_loss(margin, torch.zeros_like(margin))) / len(margin),
@@ -85,25 +92,29 @@ class RewardTrainer:
         self._model.eval()
         scores = []
         with torch.no_grad():
-            for batch in micro_batches({"ids": sequences}, self._config.micro_batch_size):
-                scores.append(self._scores(batch["ids"]))
-            found = torch.cat(scores)
+            for batch, weight in micro_batches({"ids": sequences}, self._config.micro_batch_size):
+                found = self._scores(batch["ids"])
+                scores.append(found[: len(found) if weight else 0])
+            found = distributed.gather_rows({"scores": torch.cat(scores)})["scores"]
             mean, std = float(found.mean()), float(found.std(correction=0))
             scale = std if std > MIN_SPREAD else 1.0
-            self._model.score.weight.div_(scale)  # type: ignore[union-attr, operator]
+            head: nn.Parameter = self._model.score.weight  # type: ignore[union-attr, assignment]
+            with self.engine.editing([head]):
+                head.div_(scale)
         config = self._model.config
         config.score_mean = (mean + getattr(config, "score_mean", 0.0)) / scale  # type: ignore[union-attr]
         return {"score_mean": mean, "score_std": std}
 
-    def _train_batch(self, engine: SingleProcessEngine, batch: Columns) -> tuple[float, float]:
+    def _train_batch(self, engine: TrainingEngine, batch: Columns) -> tuple[float, float]:
         count = len(batch["chosen_ids"])
         total, right = 0.0, 0.0
-        for pairs in micro_batches(batch, self._config.micro_batch_size):
+        for pairs, weight in micro_batches(batch, self._config.micro_batch_size):
             chosen, rejected = self._pair_scores(pairs)
-            loss = preference_loss(chosen, rejected) / count
+            loss = preference_loss(chosen, rejected) * (weight / count)
             engine.backward(loss)
             total += float(loss.detach())
-            right += float((chosen > rejected).sum())
+            right += weight * float((chosen > rejected).sum())
+        total, right = distributed.total(total, right)
         return total, right / count
 
     def _pair_scores(self, pairs: Columns) -> tuple[Tensor, Tensor]:
@@ -115,4 +126,4 @@ class RewardTrainer:
     def _scores(self, sequences: list[list[int]]) -> Tensor:
         device = next(self._model.parameters()).device
         input_ids, lengths = collate_right(sequences, self._pad_id)
-        return sequence_scores(self._model, input_ids.to(device), lengths.to(device))
+        return self.engine(sequence_scores, input_ids.to(device), lengths.to(device))

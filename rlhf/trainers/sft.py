@@ -11,9 +11,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import distributed
 from rlhf.config import SFTConfig
 from rlhf.data import RowBatches, collate_right
-from rlhf.engines import SingleProcessEngine
+from rlhf.engines import Engine, Engines, PlainEngine, TrainingEngine
 from rlhf.models import completion_logprobs
 from rlhf.tracking import ProgressBar, Tracker
 from rlhf.trainers.columns import Columns, micro_batches
@@ -29,8 +30,11 @@ class SFTTrainer:
         config: SFTConfig,
         *,
         seed: int = 0,
+        engines: Engines | None = None,
     ) -> None:
         self._model = model
+        self._engines = engines or Engines()
+        self.engine: Engine = PlainEngine(model)  # from `train` on the one that trains
         self._pad_id: int = tokenizer.pad_token_id
         self._config = config
         self._seed = seed
@@ -40,7 +44,8 @@ class SFTTrainer:
         lengths = [len(ids) for ids in rows["input_ids"]]
         batches = RowBatches(len(rows), config.batch_size, lengths=lengths, seed=self._seed)
         steps = len(batches) * config.epochs
-        engine = SingleProcessEngine(self._model, config.optimizer, total_steps=steps)
+        engine = self._engines.training(self._model, config.optimizer, total_steps=steps)
+        self.engine = engine
         self._model.train()
         with ProgressBar("SFT", steps, console) as bar:
             for step, indices in enumerate(islice(batches, steps), 1):
@@ -55,26 +60,28 @@ class SFTTrainer:
     def evaluate(self, rows: Dataset) -> dict[str, float]:
         """Mean loss per completion token, and its exponential."""
         self._model.eval()
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with torch.no_grad():
-            for batch in micro_batches(rows[:], self._config.micro_batch_size):
+            for batch, weight in micro_batches(rows[:], self._config.micro_batch_size):
                 logprobs = self._logprobs(batch)
-                total -= float(logprobs.sum())
-                count += logprobs.numel()
-        loss = total / max(1, count)
+                total -= weight * float(logprobs.sum())
+                count += weight * logprobs.numel()
+        total, count = distributed.total(total, count)
+        loss = total / max(1.0, count)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
 
-    def _train_batch(self, engine: SingleProcessEngine, batch: Columns) -> float:
+    def _train_batch(self, engine: TrainingEngine, batch: Columns) -> float:
         count = sum(sum(mask[1:]) for mask in batch["loss_mask"])
         total = 0.0
-        for micro in micro_batches(batch, self._config.micro_batch_size):
-            loss = -self._logprobs(micro).sum() / max(1, count)
+        for micro, weight in micro_batches(batch, self._config.micro_batch_size):
+            loss = -self._logprobs(micro).sum() * (weight / max(1, count))
             engine.backward(loss)
             total += float(loss.detach())
-        return total
+        return distributed.total(total)[0]
 
     def _logprobs(self, batch: Columns) -> Tensor:
         device = next(self._model.parameters()).device
         input_ids, _ = collate_right(batch["input_ids"], self._pad_id)
         loss_mask, _ = collate_right(batch["loss_mask"], 0)
-        return completion_logprobs(self._model, input_ids.to(device), loss_mask.bool().to(device))
+        loss_mask = loss_mask.bool().to(device)
+        return self.engine(completion_logprobs, input_ids.to(device), loss_mask)

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from torch import Tensor
 
+from rlhf import distributed
 from rlhf.engines import StepInfo
 from rlhf.losses import PolicyLoss, ValueLoss
 
@@ -47,6 +48,17 @@ class UpdateStatistics:
 
     def critic_step(self, info: StepInfo) -> None:
         self._last |= {"value/lr": info.learning_rate, "value/grad_norm": info.grad_norm}
+
+    def add_up_ranks(self) -> None:
+        """Make the sums those of all ranks; call once, after the last micro-batch."""
+        names = sorted(self._sums)
+        counts = (self._tokens, self._gap_tokens, self._gap_sum)
+        *sums, tokens, gap_tokens, self._gap_sum = distributed.total(
+            *(self._sums[name] for name in names), *counts
+        )
+        self._sums |= dict(zip(names, sums, strict=True))
+        self._tokens, self._gap_tokens = int(tokens), int(gap_tokens)
+        self._gap_max = distributed.largest(self._gap_max)
 
     def mean(self, name: str) -> float:
         return self._sums[name] / max(1, self._tokens)

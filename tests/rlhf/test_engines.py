@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlhf.config import OptimizerConfig
 from rlhf.engines import SingleProcessEngine
-from rlhf.engines.single import learning_rate_factor
+from rlhf.engines.schedule import learning_rate_factor
 
 LR = 0.01
 
