@@ -1,7 +1,8 @@
 """A training model that generates by itself: fused kernels, paged cache, continuous batching."""
 
 from hybrid_engine.accelerate import Acceleration, accelerate, acceleration, restore
-from hybrid_engine.engine import EngineConfig, HybridEngine
+from hybrid_engine.config import EngineConfig
+from hybrid_engine.engine import HybridEngine
 from hybrid_engine.generation import Rollout, SamplingParams
 
 __all__ = [

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from hybrid_engine.engine import EngineConfig, HybridEngine
+from hybrid_engine.config import EngineConfig
+from hybrid_engine.engine import HybridEngine
 from hybrid_engine.generation import SamplingParams
 from hybrid_engine.hf_request import NotServedError, read_request
 from hybrid_engine.self_check import SelfCheck, self_check

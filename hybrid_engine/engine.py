@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from hybrid_engine.cache import BlockAllocator, KVCache
+from hybrid_engine.cache import BlockAllocator, KVCache, affordable_blocks
+from hybrid_engine.config import EngineConfig
 from hybrid_engine.generation import GenerationLoop, Rollout, SamplingParams
 from hybrid_engine.generation.rows import Rows
 from hybrid_engine.generation.scheduler import Scheduler, Sequence
 from hybrid_engine.models import Decoder, find_family
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Limits of a rollout. The results do not depend on them, only memory and speed do."""
-
-    max_running: int = 256  # sequences that decode together
-    block_size: int = 16  # tokens in a block of the KV cache
-    max_prefill_tokens: int = 8192  # prompt tokens that are prefilled in one pass
-    max_cache_gb: float | None = None  # of the KV cache; None: what all running sequences need
-
-    def __post_init__(self) -> None:
-        for name in ("max_running", "block_size", "max_prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_cache_gb is not None and self.max_cache_gb <= 0:
-            raise ValueError(f"max_cache_gb must be positive, got {self.max_cache_gb}")
+from hybrid_engine.weights import Shadow
 
 
 class HybridEngine:
@@ -43,27 +28,38 @@ class HybridEngine:
     def __init__(self, model: nn.Module, config: EngineConfig | None = None) -> None:
         self._model = model
         self._config = config or EngineConfig()
-        self._decoder = Decoder(model, find_family(model))
+        _check_ranks(self._config)
+        dtype, family = self._config.rollout_dtype, find_family(model)
+        self._shadow = None if dtype is None else Shadow(model, dtype)
+        self._decoder = Decoder(self._shadow.model if self._shadow else model, family)
         self._cache: KVCache | None = None
         self._in_rollout = False
 
     @property
     def max_positions(self) -> int:
         """Tokens of prompt and response together that the model has positions for."""
-        return self._decoder.max_positions
+        return min(self._decoder.max_positions, self._config.max_out_tokens or sys.maxsize)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that rollouts compute in."""
+        return self._decoder.dtype
 
     @contextlib.contextmanager
     def rollout(self) -> Iterator[None]:
         """Flip to generation: the weights as they are now, and a KV cache that lives until exit."""
         if self._in_rollout:
             raise RuntimeError("rollout() is entered already")
+        if self._shadow:
+            self._shadow.refresh()
         self._decoder.refresh()
         self._in_rollout = True
         try:
             yield
         finally:
             self._in_rollout = False
-            self._cache = None
+            if self._config.release_inference_cache:
+                self._cache = None
 
     def generate(
         self,
@@ -143,6 +139,8 @@ class HybridEngine:
     def release(self) -> None:
         """Leave the model as if the engine had never been there. The engine can be used again."""
         self._decoder.release()
+        if self._shadow:
+            self._shadow.release()
         self._cache = None
 
     def _start(self, prompts: list[list[int]], params: SamplingParams) -> GenerationLoop:
@@ -174,20 +172,24 @@ class HybridEngine:
             raise ValueError(
                 f"the head says {vocab} tokens, the embedding knows {embedded}; resize one of them"
             )
-        limit = self._decoder.max_positions - params.max_new_tokens
+        limit = self.max_positions - params.max_new_tokens
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {i} is empty; give it at least the BOS token")
             if len(prompt) > limit:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens; with max_new_tokens="
-                    f"{params.max_new_tokens} the model's {self._decoder.max_positions} positions "
-                    f"leave room for {limit}"
+                    f"{params.max_new_tokens} {self._limit_of_positions()} leave room for {limit}"
                 )
             if not 0 <= min(prompt) <= max(prompt) < vocab:
                 raise ValueError(
                     f"prompt {i} has token ids outside [0, {vocab}), the rows of the model's head"
                 )
+
+    def _limit_of_positions(self) -> str:
+        if self.max_positions < self._decoder.max_positions:
+            return f"max_out_tokens={self.max_positions}"
+        return f"the model's {self.max_positions} positions"
 
     def _cache_for(self, prompts: list[list[int]], params: SamplingParams) -> KVCache:
         """A cache with room for the longest sequence at least, and for all that run if allowed."""
@@ -195,26 +197,31 @@ class HybridEngine:
         needs = sorted(-(-(len(p) + params.max_new_tokens) // config.block_size) for p in prompts)
         running = needs[-config.max_running :]
         wanted = sum(running) + len(running)  # the scheduler keeps one free for each that runs
-        if config.max_cache_gb is not None:
-            size = KVCache.bytes_per_block(
-                layers=decoder.num_layers, kv_heads=decoder.kv_heads,
-                block_size=config.block_size, head_dim=decoder.head_dim, dtype=decoder.dtype,
-            )  # fmt: skip
-            allowed = int(config.max_cache_gb * 1e9) // size
-            if needs and allowed < needs[-1]:
-                raise ValueError(
-                    f"max_cache_gb={config.max_cache_gb} holds {allowed} blocks; the longest "
-                    f"sequence alone needs {needs[-1]} ({needs[-1] * size / 1e9:.3g} GB)"
-                )
-            wanted = min(wanted, allowed)
-        if self._cache is None or self._cache.num_blocks < wanted:
-            self._cache = None  # free the old one first
+        cache, place = self._cache, (decoder.dtype, decoder.device)
+        if cache is None or cache.num_blocks < wanted or (cache.dtype, cache.device) != place:
+            cache = self._cache = None  # free the old one first
+            most = self._most_blocks(needs[-1] if needs else 0)
             self._cache = KVCache(
-                layers=decoder.num_layers, num_blocks=wanted, kv_heads=decoder.kv_heads,
-                block_size=config.block_size, head_dim=decoder.head_dim, dtype=decoder.dtype,
-                device=decoder.device,
+                layers=decoder.num_layers, num_blocks=min(wanted, most),
+                kv_heads=decoder.kv_heads, block_size=config.block_size,
+                head_dim=decoder.head_dim, dtype=decoder.dtype, device=decoder.device,
             )  # fmt: skip
-        return self._cache
+        return self._cache  # type: ignore[return-value]
+
+    def _most_blocks(self, longest: int) -> int:
+        """The blocks that a cache may have; an error if `longest` sequence does not fit."""
+        decoder, config = self._decoder, self._config
+        size = KVCache.bytes_per_block(
+            layers=decoder.num_layers, kv_heads=decoder.kv_heads, block_size=config.block_size,
+            head_dim=decoder.head_dim, dtype=decoder.dtype,
+        )  # fmt: skip
+        blocks, limit = affordable_blocks(size, decoder.device, config.max_cache_gb)
+        if blocks < longest:
+            raise ValueError(
+                f"{limit} holds {blocks} blocks; the longest sequence alone needs {longest} "
+                f"({longest * size / 1e9:.3g} GB)"
+            )
+        return blocks
 
     def _stop_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
         vocab = self._decoder.vocab_size
@@ -234,6 +241,15 @@ class HybridEngine:
             if value is not None:
                 return value
         return None
+
+
+def _check_ranks(config: EngineConfig) -> None:
+    size = config.inference_tp_size
+    if size > 1 and not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(
+            f"inference_tp_size={size} needs a process group of as many ranks; start the script "
+            "with torchrun or deepspeed, or call torch.distributed.init_process_group first"
+        )
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

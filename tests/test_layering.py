@@ -19,6 +19,7 @@ FLOORS = [
     ["hybrid_engine.weights"],
     ["hybrid_engine.models"],
     ["hybrid_engine.generation"],
+    ["hybrid_engine.config"],
     ["hybrid_engine.engine"],
     ["hybrid_engine.self_check", "hybrid_engine.hf_request"],
     ["hybrid_engine.accelerate"],

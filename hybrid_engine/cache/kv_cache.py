@@ -28,6 +28,8 @@ class KVCache:
         self.layers: list[tuple[Tensor, Tensor]] = [(kv[0], kv[1]) for kv in self._storage]
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.dtype = dtype
+        self.device = device
 
     def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole blocks, keys and values of all layers."""

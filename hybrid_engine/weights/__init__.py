@@ -2,5 +2,6 @@
 
 from hybrid_engine.weights.by_head import RowsByHead
 from hybrid_engine.weights.fused import FusedParameters
+from hybrid_engine.weights.shadow import Shadow
 
-__all__ = ["FusedParameters", "RowsByHead"]
+__all__ = ["FusedParameters", "RowsByHead", "Shadow"]
