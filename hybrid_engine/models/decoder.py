@@ -63,6 +63,10 @@ class Decoder:
         self._resolve()
 
     @property
+    def _linears(self) -> list[Linear]:
+        return [self._head, *(linear for layer in self._layers for linear in layer.linears)]
+
+    @property
     def num_layers(self) -> int:
         return len(self._layers)
 
@@ -82,9 +86,8 @@ class Decoder:
         """See the modules and parameters as they are now. Call before a rollout."""
         if list(self._model.modules()) != self._modules:  # an adapter, a resized embedding
             self._resolve()
-        for layer in self._layers:
-            for linear in layer.fused:
-                linear.refresh()
+        for linear in self._linears:
+            linear.refresh()
         if self._rotary is not None:
             self._cos_sin = self._rotary_table()
         if self._family.alibi:
@@ -92,9 +95,8 @@ class Decoder:
 
     def release(self) -> None:
         """Leave the model's parameters as if the decoder had never been there."""
-        for layer in self._layers:
-            for linear in layer.fused:
-                linear.release()
+        for linear in self._linears:
+            linear.release()
 
     def hidden_states(
         self,

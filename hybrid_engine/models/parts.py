@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_engine import ops
 from hybrid_engine.models.family import Family
-from hybrid_engine.models.lora import base_of, lora_of
+from hybrid_engine.models.lora import Lora, base_of
 from hybrid_engine.weights import FusedParameters, RowsByHead
 
 
@@ -22,13 +22,15 @@ class Linear:
     def __init__(self, module: nn.Module) -> None:
         self._module = plain(base_of(module), nn.Linear, Conv1D)
         self._transposed = type(self._module) is Conv1D
-        self._adapters = [lora_of(module)]
+        self._lora = Lora([module])
 
     def refresh(self) -> None:
-        """Nothing is cached."""
+        """See the parameters as they are now."""
+        self._lora.refresh()
 
     def release(self) -> None:
-        """Nothing was taken."""
+        """Give back what was taken of the model."""
+        self._lora.refresh()
 
     @property
     def weight(self) -> Tensor:
@@ -42,32 +44,33 @@ class Linear:
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T with the adapters' part, without the bias."""
-        return self._adapted(F.linear(x, self.weight), x)
+        return self._apply(x, None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._adapted(F.linear(x, self.weight, self.bias), x)
+        return self._apply(x, self.bias)
 
-    def _adapted(self, out: Tensor, x: Tensor) -> Tensor:
-        if self._adapters[0]:
-            self._adapters[0].add_to(out, x)
-        return out
+    def _apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._lora:
+            return self._lora.linear(x, self.weight, bias)
+        return F.linear(x, self.weight, bias)
 
 
 class FusedLinear(Linear):
     """Linear modules with one input as one matrix product, over parameters in one buffer."""
 
-    def __init__(self, weight: Any, bias: Any | None, modules: list[nn.Module]) -> None:
+    def __init__(self, weight: Any, bias: Any | None, lora: Lora) -> None:
         self._weight = weight  # FusedParameters or RowsByHead
         self._bias = bias
-        self._adapters = [lora_of(module) for module in modules]
-        self._widths = [base_of(module).out_features for module in modules]
+        self._lora = lora
 
     def refresh(self) -> None:
+        super().refresh()
         self._weight.refresh()
         if self._bias:
             self._bias.refresh()
 
     def release(self) -> None:
+        super().release()
         self._weight.release()
         if self._bias:
             self._bias.release()
@@ -80,14 +83,6 @@ class FusedLinear(Linear):
     def bias(self) -> Tensor | None:
         return self._bias.buffer if self._bias else None
 
-    def _adapted(self, out: Tensor, x: Tensor) -> Tensor:
-        if any(self._adapters):
-            pieces = out.split(self._widths, dim=-1)
-            for adapters, piece in zip(self._adapters, pieces, strict=True):
-                if adapters:
-                    adapters.add_to(piece, x)
-        return out
-
 
 def stacked(modules: list[nn.Module]) -> Linear:
     """The modules' outputs side by side."""
@@ -96,16 +91,17 @@ def stacked(modules: list[nn.Module]) -> Linear:
     bases = [plain(base_of(module), nn.Linear) for module in modules]
     biased = [base for base in bases if base.bias is not None]
     bias = FusedParameters(biased, "bias") if biased else None
-    return FusedLinear(FusedParameters(bases, "weight"), bias, modules)
+    return FusedLinear(FusedParameters(bases, "weight"), bias, Lora(modules))
 
 
 def stacked_qkv(modules: list[nn.Module], family: Family, heads: int) -> Linear:
     """Queries, then keys, then values."""
     if not family.qkv_rows_by_head:
         return stacked(modules)
-    module = plain(modules[0], nn.Linear)  # its adapters' rows would be by head too
+    module = plain(base_of(modules[0]), nn.Linear)
     bias = RowsByHead(module, "bias", heads=heads) if module.bias is not None else None
-    return FusedLinear(RowsByHead(module, "weight", heads=heads), bias, modules)
+    weight = RowsByHead(module, "weight", heads=heads)
+    return FusedLinear(weight, bias, Lora(modules, heads=heads))
 
 
 class Norm:
@@ -151,8 +147,8 @@ class DecoderLayer:
         self.window = family.window(config, index)
 
     @property
-    def fused(self) -> list[Linear]:
-        return [self.qkv, self.mlp_up]
+    def linears(self) -> list[Linear]:
+        return [self.qkv, self.attention_output, self.mlp_up, self.mlp_down]
 
 
 def norm_eps(module: Any) -> float:

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor, nn
 
 
+def rows_by_head(rows: Tensor, heads: int) -> Tensor:
+    """Rows stored [head, (q, k, v), head_dim], copied as [(q, k, v), head, head_dim]."""
+    by_head = rows.view(heads, 3, -1, *rows.shape[1:])
+    return by_head.transpose(0, 1).reshape(rows.shape)
+
+
 class RowsByHead:
-    """QKV rows stored [head, (q, k, v), head_dim], read as [(q, k, v), head, head_dim]."""
+    """The QKV rows of one module, in the decoder's order."""
 
     def __init__(self, module: nn.Module, name: str, *, heads: int) -> None:
         self._module = module
@@ -24,9 +30,7 @@ class RowsByHead:
     @torch.inference_mode(False)
     def refresh(self) -> None:
         """Copy the parameter as it is now."""
-        rows: Tensor = getattr(self._module, self._name).data
-        by_head = rows.view(self._heads, 3, -1, *rows.shape[1:])
-        self._buffer = by_head.transpose(0, 1).reshape(rows.shape)
+        self._buffer = rows_by_head(getattr(self._module, self._name).data, self._heads)
 
     def release(self) -> None:
         self._buffer = None

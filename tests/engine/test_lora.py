@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 import hybrid_engine as he
-from hybrid_engine import HybridEngine, SamplingParams
+from hybrid_engine import HybridEngine, SamplingParams, ops
 
 peft = pytest.importorskip("peft")
 
@@ -18,6 +19,9 @@ TARGETS = {
     "llama-some": ("llama", ["q_proj", "v_proj", "down_proj"]),
     "opt": ("opt", ["q_proj", "out_proj", "fc1", "fc2"]),
     "gpt2": ("gpt2", ["c_attn", "c_proj", "c_fc"]),
+    "gpt_neox": ("gpt_neox", ["query_key_value", "dense", "dense_h_to_4h"]),
+    "bloom": ("bloom", ["query_key_value", "dense_4h_to_h"]),
+    "gemma2-head": ("gemma2", ["k_proj", "lm_head"]),
 }
 
 
@@ -45,6 +49,76 @@ def test_adapters_are_active(build, hf_greedy, prompts, name: str) -> None:
     assert with_adapters != plain
     with model.disable_adapter():
         assert responses(engine, prompts) == plain
+
+
+def test_few_rows_go_through_the_fused_op(build, prompts, monkeypatch) -> None:
+    """Decoding few sequences: every adapted linear of every step; their prefill: none."""
+    calls: list[int] = []
+    fused = ops.fused_lora
+
+    def counted(x, *args) -> torch.Tensor:
+        calls.append(len(x))
+        return fused(x, *args)
+
+    monkeypatch.setattr(ops, "fused_lora", counted)
+    model = adapted(build("llama"), ["q_proj", "v_proj", "down_proj"])
+    engine = HybridEngine(model.get_base_model())
+    engine.generate([prompts[4], prompts[2]], GREEDY)
+    assert calls == [2] * (GREEDY.max_new_tokens - 1) * 2 * 2  # steps, layers, QKV and down
+    calls.clear()
+    with model.disable_adapter():
+        engine.generate([prompts[4]], GREEDY)
+    assert not calls
+
+
+def test_fp32_adapters_on_a_bf16_model(build, prompts) -> None:
+    """PEFT's default. Error at most twice PEFT's own, prefilled and one token at a time."""
+    model = adapted(build("llama").to(torch.bfloat16), ["q_proj", "up_proj", "down_proj"])
+    assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
+    with torch.no_grad():
+        wide = copy.deepcopy(model).float()
+        truth = wide(torch.tensor([prompts[4]])).logits[0]
+        theirs = model(torch.tensor([prompts[4]])).logits[0].float()
+    found, _ = HybridEngine(model.get_base_model()).forward(prompts[4])
+    assert (found.float() - truth).norm() <= 2 * (theirs - truth).norm()
+    alone, _ = HybridEngine(model.get_base_model()).forward(prompts[4][:4])
+    assert (alone.float() - truth[:4]).norm() <= 2 * (theirs[:4] - truth[:4]).norm()
+
+
+def test_adapters_with_a_bias(build, hf_greedy, prompts) -> None:
+    model = adapted(build("llama"), ["q_proj", "down_proj"], lora_bias=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            parameter.data = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(0)
+            )
+    inner = model.get_base_model()
+    found = responses(HybridEngine(inner), prompts)
+    assert found == [hf_greedy(inner, p, 16) for p in prompts]
+
+
+def test_a_trained_adapter_is_seen_by_the_next_rollout(build, hf_greedy, prompts) -> None:
+    model = adapted(build("llama"), ["q_proj", "up_proj"])
+    inner = model.get_base_model()
+    engine = HybridEngine(inner)
+    seen = []
+    for _ in range(2):
+        seen.append(responses(engine, prompts))
+        assert seen[-1] == [hf_greedy(inner, p, 16) for p in prompts]
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.data.mul_(-2)
+    assert seen[0] != seen[1]
+
+
+def test_the_adapter_switches_within_a_rollout(build, prompts) -> None:
+    model = adapted(build("llama"), ["q_proj", "up_proj"])
+    engine = HybridEngine(model.get_base_model())
+    adapter = responses(engine, prompts)
+    with engine.rollout():
+        with model.disable_adapter():
+            plain = responses(engine, prompts)
+        assert responses(engine, prompts) == adapter != plain
 
 
 def test_several_adapters_and_merging(build, hf_greedy, prompts) -> None:
