@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -51,3 +53,55 @@ def gae(
     Returns advantages and returns, (B, T), 0 outside the mask.
     """
     return ops.gae(rewards, values, mask, gamma, lam)
+
+
+# ---- group methods: no critic, the other responses to a prompt are the baseline -----------------
+
+GROUP_EPS = 1e-4  # under GRPO's standard deviation
+
+# Advantages (B, T) from rewards (B, T), their response mask (B, T), and the number of the prompt of
+# each response, groups (B,) int64.
+AdvantageFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def group_statistics(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Size, mean and standard deviation (n - 1; 0 for one member) of each member's group.
+
+    x: (B,), groups: (B,) int64. Returns three (B,).
+    """
+    _, member = groups.unique(return_inverse=True)
+    size = torch.zeros_like(x).index_add(0, member, torch.ones_like(x))[member]
+    mean = torch.zeros_like(x).index_add(0, member, x)[member] / size
+    square = torch.zeros_like(x).index_add(0, member, (x - mean).square())[member]
+    return size, mean, (square / (size - 1).clamp(min=1)).sqrt()
+
+
+def grpo(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
+    """(R - mean of the group) / (std of the group + 1e-4), arXiv 2402.03300."""
+    totals = rewards.sum(1)  # (B,)
+    _, mean, std = group_statistics(totals, groups)
+    return _spread((totals - mean) / (std + GROUP_EPS), mask)
+
+
+def dr_grpo(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
+    """R - mean of the group: no division by the std, arXiv 2503.20783."""
+    totals = rewards.sum(1)
+    _, mean, _ = group_statistics(totals, groups)
+    return _spread(totals - mean, mask)
+
+
+def rloo(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
+    """R - mean of the group's others, arXiv 2402.14740; 0 for a response without others."""
+    totals = rewards.sum(1)
+    size, mean, _ = group_statistics(totals, groups)
+    return _spread((totals - mean) * size / (size - 1).clamp(min=1), mask)
+
+
+def reinforce_pp(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
+    """R - mean of the group, whitened over the whole batch's tokens, arXiv 2501.03262."""
+    return whiten(dr_grpo(rewards, mask, groups), mask)
+
+
+def _spread(advantages: Tensor, mask: Tensor) -> Tensor:
+    """(B,) to every response token of its row, 0 elsewhere: (B, T)."""
+    return advantages.unsqueeze(1) * mask

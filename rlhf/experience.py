@@ -16,13 +16,15 @@ class Experience:
     prompt_lengths: Tensor  # (B,) int64
     response_lengths: Tensor  # (B,) int64, the stop token included
     old_logprobs: Tensor  # (B, T) fp32, of the policy that generated
+    sampling_logprobs: Tensor  # (B, T) fp32, in the (truncated) distribution sampled from
     ref_logprobs: Tensor  # (B, T) fp32
-    values: Tensor  # (B, T) fp32, of the critic at the position that predicts token t
+    values: Tensor  # (B, T) fp32, of the critic at the position that predicts token t, or zeros
     scores: Tensor  # (B,) fp32, of the reward, the missing-EOS penalty taken off
     rewards: Tensor  # (B, T) fp32, per token, KL penalty included
-    advantages: Tensor  # (B, T) fp32, whitened
+    advantages: Tensor  # (B, T) fp32
     returns: Tensor  # (B, T) fp32
     ended: Tensor  # (B,) bool, the response stopped by itself
+    groups: Tensor  # (B,) int64, the number of its prompt
 
     @property
     def response_mask(self) -> Tensor:
@@ -43,6 +45,8 @@ class Experience:
         part = Experience(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
         width, responses = int(part.lengths.max()), int(part.response_lengths.max())
         part.input_ids = part.input_ids[:, :width]
-        for name in ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
-            setattr(part, name, getattr(part, name)[:, :responses])
+        for f in fields(part):
+            tensor = getattr(part, f.name)
+            if tensor.dim() == 2 and f.name != "input_ids":
+                setattr(part, f.name, tensor[:, :responses])
         return part

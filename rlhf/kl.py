@@ -25,6 +25,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return (-difference).expm1() + difference
 
 
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
 class KLController:
     """The weight of the KL penalty: fixed, or steered toward a target.
 

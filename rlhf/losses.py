@@ -7,6 +7,7 @@ once; a mean of means does not when lengths differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ MAX_LOG_RATIO = 20.0  # exp of it is still far from the end of fp32
 class PolicyLoss:
     """Sums over response tokens."""
 
-    loss: Tensor  # differentiable
+    loss: Tensor  # differentiable, weighted
     clipped: Tensor  # tokens whose ratio the clip held back
     approx_kl: Tensor  # of new from old policy, 0.5 * log_ratio^2
     ratio: Tensor  # of the probability ratios
@@ -27,23 +28,78 @@ class PolicyLoss:
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cliprange: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    cliprange: float,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """The clipped surrogate objective, arXiv 1707.06347, eq. 7. All inputs (B, T)."""
+    """The clipped surrogate objective, arXiv 1707.06347, eq. 7. All inputs (B, T).
+
+    Args:
+        dual_clip: a token with a negative advantage costs at most dual_clip * -A, whatever its
+            ratio: arXiv 1912.09729. Above 1; None: off.
+        weights: (B, T) or (B, 1) of each token in the sum; None: 1.
+    """
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) * mask
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     worst = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        worst = torch.where(advantages < 0, worst.minimum(-advantages * dual_clip), worst)
     with torch.no_grad():
         held = ((clipped > unclipped) & mask).sum()
     return PolicyLoss(
-        loss=(worst * mask).sum(),
+        loss=weighted_sum(worst, mask, weights),
         clipped=held,
         approx_kl=0.5 * log_ratio.detach().square().sum(),
         ratio=(ratio.detach() * mask).sum(),
         ratio_square=(ratio.detach().square() * mask).sum(),
     )
+
+
+def weighted_sum(x: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Of x over the True positions of mask, both (B, T); weights (B, T), (B, 1) or None for 1."""
+    kept = x * mask
+    return (kept if weights is None else kept * weights).sum()
+
+
+Aggregation = Literal["token", "sequence", "constant"]
+
+
+def aggregation_weights(
+    how: Aggregation, lengths: Tensor, *, tokens: int, sequences: int, max_length: int
+) -> Tensor:
+    """The weight of each row's tokens under which a sum is the wanted mean over a batch, (B, 1).
+
+    "token": over its response tokens. "sequence": over its sequences, of the mean over each one's
+    tokens (GRPO). "constant": of all tokens over sequences * max_length, so that no response is
+    weighted by its length (Dr. GRPO, arXiv 2503.20783).
+
+    Args:
+        lengths: (B,) response tokens of these rows. tokens, sequences: of the whole batch, over all
+            micro-batches and ranks. max_length: the longest response allowed.
+    """
+    if how == "sequence":
+        return 1 / (sequences * lengths.unsqueeze(1).float())
+    count = tokens if how == "token" else sequences * max_length
+    return torch.full((len(lengths), 1), 1 / count, device=lengths.device)
+
+
+def truncated_importance(logprobs: Tensor, sampling_logprobs: Tensor, *, cap: float) -> Tensor:
+    """min(pi / mu, cap) of the policy that is trained and the distribution sampled from, (B, T).
+
+    Weights that undo what the rollout's numerics, or truncated sampling, did to the distribution.
+    Source: https://fengyao.notion.site/off-policy-rl ("truncated importance sampling").
+
+    Args:
+        logprobs: under the training forward, before the update. sampling_logprobs: as sampled.
+    """
+    return (logprobs - sampling_logprobs).exp().clamp(max=cap)
 
 
 @dataclass

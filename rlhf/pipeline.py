@@ -30,18 +30,19 @@ from rlhf.evaluation import (
     RunReport,
     compare_with_hf_generate,
     evaluate_policy,
-    load_metric,
     write_report,
 )
 from rlhf.models import (
     add_adapters,
     build_causal_lm,
     load_causal_lm,
+    load_critic,
     load_scorer,
     parameter_count,
     save_model,
     whole_model,
 )
+from rlhf.rewards import Reward, load_function
 from rlhf.tracking import ProgressBar, Stopwatch, Tracker
 from rlhf.trainers import PPOTrainer, RewardTrainer, RLHFEngine, SFTTrainer
 
@@ -57,7 +58,8 @@ class Pipeline:
         self.report = RunReport()
         self._console = console or Console()
         self._watch = Stopwatch()
-        self._metric = load_metric(config.evaluation.metric) if config.evaluation.metric else None
+        metric = config.evaluation.metric
+        self._metric = load_function(metric, option="evaluation.metric") if metric else None
         self._dtype = getattr(torch, config.model.dtype)
 
     def run(self) -> RunReport:
@@ -119,41 +121,84 @@ class Pipeline:
     def ppo(self) -> None:
         config = self.config.ppo
         actor_path = config.actor_path or self._from_step("sft", "ppo.actor_path")
-        reward_path = config.reward_path or self._from_step("reward", "ppo.reward_path")
         with self._watch("PPO"):
             self._seed()
             tokenizer = load_tokenizer(actor_path)
-            if load_tokenizer(reward_path).get_vocab() != tokenizer.get_vocab():
-                raise ValueError(
-                    f"the reward model {reward_path} and the actor {actor_path} have different "
-                    "tokenizers; train the reward model from the same base model"
-                )
             actor = load_causal_lm(actor_path, tokenizer, dtype=self._dtype)
             self.report.parameters = parameter_count(actor)
-            critic = load_scorer(reward_path, tokenizer, dtype=self._dtype)
+            reward = self._reward(tokenizer)
+            critic = self._critic(actor_path, tokenizer)
             for trained in (actor, critic):
-                add_adapters(trained, self.config.model.lora)
-            reward = load_scorer(reward_path, tokenizer, dtype=self._dtype)
+                if trained is not None:
+                    add_adapters(trained, self.config.model.lora)
             engine = RLHFEngine(actor, critic, reward, tokenizer)
-            trainer = PPOTrainer(engine, config, seed=self.config.seed)
+            mixture = self._mixture(tokenizer) if config.ptx_coef else None
+            trainer = PPOTrainer(engine, config, seed=self.config.seed, mixture=mixture)
             rows = self._rows(config.data, "prompts", "train")
             rows = encode_prompts(rows, tokenizer, max_length=config.data.max_length)
-            self._train_ppo(trainer, list(rows["input_ids"]))
+            self._train_ppo(trainer, rows)
             engine.rollout_engine.release()
             save_model(actor, tokenizer, self.folder / "actor", base=actor_path)
-            save_model(critic, tokenizer, self.folder / "critic", base=reward_path)
+            if critic is not None:
+                critic_path = self._critic_path(actor_path)
+                save_model(critic, tokenizer, self.folder / "critic", base=critic_path)
+            if trainer.average is not None:
+                with trainer.average.applied():
+                    save_model(actor, tokenizer, self.folder / "actor_ema", base=actor_path)
         with self._watch("evaluation"):
             self._evaluate(actor, engine.reference, reward, tokenizer)
 
-    def _train_ppo(self, trainer: PPOTrainer, prompts: list[list[int]]) -> None:
+    def _reward_path(self) -> str | None:
+        """Of the reward model; None where functions alone score."""
         config = self.config.ppo
-        batches = RowBatches(len(prompts), config.batch_size, whole=True, seed=self.config.seed)
+        if config.reward_path is None and config.reward_functions:
+            return None
+        return config.reward_path or self._from_step("reward", "ppo.reward_path")
+
+    def _reward(self, tokenizer: PreTrainedTokenizerBase) -> Reward:
+        config, path = self.config.ppo, self._reward_path()
+        model = None
+        if path is not None:
+            if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+                raise ValueError(
+                    f"the reward model {path} and the actor have different tokenizers; train the "
+                    "reward model from the same base model"
+                )
+            model = load_scorer(path, tokenizer, dtype=self._dtype)
+        return Reward(
+            [
+                load_function(path, option="ppo.reward_functions")
+                for path in config.reward_functions
+            ],
+            weights=config.reward_weights,
+            model=model,
+            model_weight=config.reward_model_weight if config.reward_functions else 1.0,
+            overlap=config.reward_overlap,
+        )
+
+    def _critic(self, actor_path: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module | None:
+        if self.config.ppo.algorithm != "ppo":
+            return None
+        return load_critic(self._critic_path(actor_path), tokenizer, dtype=self._dtype)
+
+    def _critic_path(self, actor_path: str) -> str:
+        return self.config.ppo.critic_path or self._reward_path() or actor_path
+
+    def _mixture(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        data = self.config.ppo.ptx_data or self.config.sft.data
+        rows = self._rows(data, "demonstrations", "train")
+        return encode_demonstrations(rows, tokenizer, max_length=data.max_length)
+
+    def _train_ppo(self, trainer: PPOTrainer, rows: Dataset) -> None:
+        config = self.config.ppo
+        batches = RowBatches(len(rows), config.batch_size, whole=True, seed=self.config.seed)
         with (
             Tracker(self.folder, "ppo") as tracker,
             ProgressBar("PPO", config.iterations, self._console) as bar,
         ):
             for step in range(1, config.iterations + 1):
-                experience = trainer.generate_experience([prompts[i] for i in next(batches)])
+                columns = rows[next(batches)]
+                experience = trainer.generate_experience(columns.pop("input_ids"), columns)
                 trainer.train_rlhf(experience)
                 metrics = trainer.metrics
                 tracker.log(step, metrics)
@@ -168,7 +213,7 @@ class Pipeline:
         self,
         actor: nn.Module,
         sft: nn.Module,
-        reward: nn.Module,
+        reward: Reward,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         ppo, evaluation = self.config.ppo, self.config.evaluation

@@ -34,6 +34,7 @@ FLOORS = [
         "rlhf.experience",
     ],
     ["rlhf.data", "rlhf.models", "rlhf.engines", "rlhf.tracking"],
+    ["rlhf.rewards"],
     ["rlhf.trainers"],
     ["rlhf.evaluation"],
     ["rlhf.pipeline"],

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -13,17 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_engine import HybridEngine, SamplingParams
 from rlhf.data import collate_right, decode_completion, to_completion
-from rlhf.models import response_logprobs, sequence_scores
-
-# f(prompts, completions, **columns) -> one number each
-Metric = Callable[..., list[float]]
+from rlhf.models import response_logprobs
+from rlhf.rewards import Reward, RewardFunction, call_function
 
 
 @dataclass(frozen=True)
 class PolicyEvaluation:
     """Means over the prompts."""
 
-    score: float  # of the reward model
+    score: float  # of the reward
     quality: float | None  # of the metric, if there is one
     kl: float  # nats per response, from the reference
     length: float  # response tokens
@@ -31,27 +28,16 @@ class PolicyEvaluation:
     completions: list[str]  # one a prompt
 
 
-def load_metric(path: str) -> Metric:
-    """The function that "module:function" names. Raises ValueError if there is none."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"evaluation.metric {path!r} is no function: give module:function ({error})"
-        ) from error
-
-
 @torch.no_grad()
 def evaluate_policy(
     actor: nn.Module,
     reference: nn.Module,
-    reward: nn.Module,
+    reward: Reward,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
     *,
     max_new_tokens: int,
-    metric: Metric | None,
+    metric: RewardFunction | None,
     micro_batch_size: int = 64,
     seed: int = 0,
 ) -> PolicyEvaluation:
@@ -60,27 +46,38 @@ def evaluate_policy(
     Args:
         prompts: rows with input_ids, the canonical prompt, and the metric's columns.
     """
-    for model in (actor, reference, reward):
+    for model in (actor, reference):
         model.eval()
     params = SamplingParams(max_new_tokens=max_new_tokens, seed=seed)
     engine = HybridEngine(actor)
     prompt_ids = list(prompts["input_ids"])
-    rollout = engine.generate(prompt_ids, params)
+    pending = reward.start(list(prompts["prompt"]), _columns(prompts), tokenizer)
+    rollout = engine.generate(prompt_ids, params, on_finish=pending.submit)
     engine.release()
     responses = [rollout.response(i) for i in range(len(prompt_ids))]
-    pad_id = int(tokenizer.pad_token_id)
-    scores, kl = [], []
-    for start in range(0, len(prompt_ids), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
-        sequences = [[*p, *r] for p, r in zip(prompt_ids[rows], responses[rows], strict=True)]
-        input_ids, lengths = collate_right(sequences, pad_id)
-        prompt_lengths = torch.tensor([len(p) for p in prompt_ids[rows]])
-        scores.append(sequence_scores(reward, input_ids, lengths))
-        part = (rollout.lengths[rows], rollout.logprobs[rows])
-        kl.append(_kl(reference, input_ids, prompt_lengths, *part))
+    sequences = [[*p, *r] for p, r in zip(prompt_ids, responses, strict=True)]
+    device = rollout.tokens.device
+    input_ids, lengths = (
+        x.to(device) for x in collate_right(sequences, int(tokenizer.pad_token_id))
+    )
+    prompt_lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
+    of_model = reward.model_scores(
+        input_ids, prompt_lengths, lengths, micro_batch_size=micro_batch_size
+    )
+    scores = pending.scores(of_model, device=device).total
+    kl = [
+        _kl(reference, *part)
+        for part in zip(
+            *(
+                x.split(micro_batch_size)
+                for x in (input_ids, prompt_lengths, rollout.lengths, rollout.logprobs)
+            ),
+            strict=True,
+        )
+    ]
     completions = [decode_completion(response, tokenizer) for response in responses]
     return PolicyEvaluation(
-        score=float(torch.cat(scores).mean()),
+        score=float(scores.nanmean()),
         quality=_mean_metric(metric, prompts, completions),
         kl=float(torch.cat(kl).mean()),
         length=float(rollout.lengths.float().mean()),
@@ -103,15 +100,18 @@ def _kl(
     return logprobs.sum(1) - ref_logprobs.sum(1)
 
 
-def _mean_metric(metric: Metric | None, prompts: Dataset, completions: list[str]) -> float | None:
+def _columns(prompts: Dataset) -> dict[str, list[Any]]:
+    """What the data has beside the prompt, for reward functions."""
+    names = [name for name in prompts.column_names if name not in ("prompt", "input_ids")]
+    return {name: list(prompts[name]) for name in names}
+
+
+def _mean_metric(
+    metric: RewardFunction | None, prompts: Dataset, completions: list[str]
+) -> float | None:
     if metric is None:
         return None
-    columns = {
-        name: list(prompts[name])
-        for name in prompts.column_names
-        if name not in ("prompt", "input_ids")
-    }
     dialogues = list(prompts["prompt"])
     answers = [to_completion(c, p) for c, p in zip(completions, dialogues, strict=True)]
-    values = metric(dialogues, answers, **columns)
-    return sum(values) / len(values)
+    values = [v for v in call_function(metric, dialogues, answers, _columns(prompts)) if v == v]
+    return sum(values) / max(1, len(values))

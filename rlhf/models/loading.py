@@ -73,6 +73,18 @@ def load_scorer(path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.d
     return _with_special_tokens(model, tokenizer)
 
 
+def load_critic(path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype) -> Any:
+    """A critic from a reward model; from a causal language model, with a score head of zeros.
+
+    All its values are 0 then until it learns. Raises ValueError as `load_scorer` does.
+    """
+    critic: Any = load_scorer(path, tokenizer, dtype=dtype)
+    architectures = AutoConfig.from_pretrained(path).architectures or []
+    if not any("SequenceClassification" in name for name in architectures):
+        nn.init.zeros_(critic.score.weight)
+    return critic
+
+
 def parameter_count(model: nn.Module) -> int:
     """Distinct parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,100 +1,130 @@
-"""Step 3, PPO: the actor generates, four models score, actor and critic learn."""
+"""Step 3: the actor generates, the models and functions score, actor and critic learn.
+
+PPO and the group methods are one loop; what differs is a row of the table in `algorithms`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
+from torch import Tensor
 
-from hybrid_engine import EngineConfig, HybridEngine, Rollout, SamplingParams
+from hybrid_engine import Rollout, SamplingParams
 from rlhf import distributed
-from rlhf.advantages import gae, masked_mean, shape_rewards, whiten
+from rlhf.advantages import AdvantageFunction
 from rlhf.config import PPOConfig
-from rlhf.data import collate_right, length_mask
-from rlhf.engines import Engine, Engines
+from rlhf.engines import TrainingEngine
 from rlhf.experience import Experience
-from rlhf.kl import KLController, k1
-from rlhf.losses import policy_loss, value_loss
-from rlhf.models import reference_of, response_logprobs, response_values, sequence_scores
+from rlhf.kl import KLController
+from rlhf.losses import (
+    aggregation_weights,
+    policy_loss,
+    truncated_importance,
+    value_loss,
+    weighted_sum,
+)
+from rlhf.models import MovingAverage, response_logprobs, response_values
+from rlhf.rewards import PendingScores
 from rlhf.tracking import Stopwatch
-from rlhf.trainers.statistics import UpdateStatistics
+from rlhf.trainers.algorithms import choose_algorithm
+from rlhf.trainers.ptx import MixtureData
+from rlhf.trainers.rlhf_engine import RLHFEngine
+from rlhf.trainers.scoring import gather, leave_out_skipped, measure_rollout, score, shape
+from rlhf.trainers.statistics import UpdateStatistics, experience_metrics
 
-# Scores of B sequences from right-padded ids (B, L), prompt lengths and total lengths (B,).
-Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
+T = TypeVar("T")
 
-
-class RLHFEngine:
-    """The four models of PPO, and the rollout engine on the actor's weights.
-
-    The reference is the actor as it comes in: a frozen copy, or, of an actor with adapters, the
-    actor without them. The reward is a one-label classifier, or any `Scorer`.
-    """
-
-    def __init__(
-        self,
-        actor: nn.Module,
-        critic: nn.Module,
-        reward: nn.Module | Scorer,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        engine_config: EngineConfig | None = None,
-        engines: Engines | None = None,
-    ) -> None:
-        self.engines = engines or Engines()
-        self.actor = actor.eval()  # dropout would make every log-prob noisy
-        self.critic = critic.eval()
-        self.reference = reference_of(actor)
-        self.tokenizer = tokenizer
-        self.frozen_reference = self.engines.frozen(self.reference, role="reference")
-        self.score: Scorer = (
-            model_scorer(self.engines.frozen(reward, role="reward"))
-            if isinstance(reward, nn.Module)
-            else reward
-        )
-        self.rollout_engine = HybridEngine(actor, engine_config)
-
-
-def model_scorer(reward: Engine) -> Scorer:
-    """The scores of a reward model that shares the actor's tokenizer."""
-    reward.module.eval().requires_grad_(False)
-    return lambda ids, prompt_lengths, lengths: reward(sequence_scores, ids, lengths)
+MIXTURE_SEED = 7919  # apart from the prompts' order
 
 
 class PPOTrainer:
     """`generate_experience`, then `train_rlhf`, as often as there are prompts."""
 
-    def __init__(self, engine: RLHFEngine, config: PPOConfig, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        engine: RLHFEngine,
+        config: PPOConfig,
+        *,
+        seed: int = 0,
+        advantage: AdvantageFunction | None = None,
+        mixture: Dataset | None = None,
+    ) -> None:
+        """
+        Args:
+            advantage: instead of the algorithm's own: (B, T) from rewards, response mask (B, T)
+                and prompt numbers (B,).
+            mixture: encoded rows {input_ids, loss_mask} for `config.ptx_coef`.
+
+        Raises ValueError where the algorithm needs a critic and there is none, or the mixture.
+        """
         self.engine = engine
         self.config = config
         self.metrics: dict[str, float] = {}  # of the last iteration
         self.iteration = 0  # finished iterations
         self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+        self.algorithm = choose_algorithm(config, advantage)
         self._seed = seed
         self._order = torch.Generator().manual_seed(seed)
         steps = config.iterations * config.epochs * config.mini_batches
         self._actor = engine.engines.training(
             engine.actor, config.actor_optimizer, total_steps=steps, role="actor"
         )
-        self._critic = engine.engines.training(
-            engine.critic, config.critic_optimizer, total_steps=steps, role="critic"
-        )
+        self._critic: TrainingEngine | None = None
+        if self.algorithm.advantage is None:
+            if engine.critic is None:
+                raise ValueError(f"{config.algorithm} needs a critic, RLHFEngine has None")
+            self._critic = engine.engines.training(
+                engine.critic, config.critic_optimizer, total_steps=steps, role="critic"
+            )
+        self._mixture = self._mixture_of(mixture)
+        self.average: MovingAverage | None = None
+        if config.ema_decay is not None:
+            with self._actor.gathered():
+                self.average = MovingAverage(engine.actor, decay=config.ema_decay)
         self._watch = Stopwatch()
 
-    def generate_experience(self, prompts: Sequence[Sequence[int]]) -> Experience:
+    def generate_experience(
+        self,
+        prompts: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Experience:
         """Roll out the actor on token-id prompts, score the responses, shape the rewards.
 
         Ranks divide the prompts among them, and all have the whole experience afterwards.
+
+        Args:
+            columns: for reward functions, an entry for each prompt: "prompt", the prompt as text or
+                messages (default: the tokens decoded), and whatever else the data has.
+
+        Raises ValueError if the policy has left the reference by more than `kl_limit`.
         """
+        engine, config = self.engine, self.config
         self._watch = Stopwatch()
-        ours = [list(prompt) for prompt in distributed.share(prompts)]
+        for name, column in (columns or {}).items():
+            if len(column) != len(prompts):
+                raise ValueError(
+                    f"column {name} has {len(column)} entries for {len(prompts)} prompts"
+                )
+        repeated = [list(prompt) for prompt in self._ours(prompts)]
         with self._watch("rollout"), self._actor.gathered():
-            rollout = self._roll_out(ours)
-        with self._watch("score"), torch.no_grad():
-            experience = self._shape(self._score(ours, rollout))
-        self._log_experience(experience)
+            pending = self._pending(repeated, columns or {})
+            rollout = self._roll_out(repeated, pending)
+        with self._watch("score"):
+            experience = measure_rollout(
+                engine, config, repeated, rollout, actor=self._actor, critic=self._critic
+            )
+            scores = score(engine, config, experience, pending)
+            pad_id = int(engine.tokenizer.pad_token_id)
+            experience, scores = gather(experience, scores, pad_id=pad_id)
+            experience = leave_out_skipped(experience)
+            shape(config, self.algorithm, experience, kl_coef=self.kl.coef)
+        self.metrics = experience_metrics(
+            experience, scores, kl_coef=self.kl.coef, reward_clip=config.reward_clip
+        )
+        self._check_kl(experience)
         return experience
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
@@ -112,84 +142,41 @@ class PPOTrainer:
 
     # ---- experience ------------------------------------------------------------------------------
 
-    def _roll_out(self, prompts: list[list[int]]) -> Rollout:
+    def _ours(self, column: Sequence[T]) -> list[T]:
+        """This rank's share of a column, each entry once for every response."""
+        n = self.config.samples_per_prompt
+        return [cell for cell in distributed.share(column) for _ in range(n)]
+
+    def _pending(
+        self, prompts: list[list[int]], columns: Mapping[str, Sequence[Any]]
+    ) -> PendingScores:
+        repeated = {name: self._ours(column) for name, column in columns.items()}
+        tokenizer = self.engine.tokenizer
+        texts: list[Any] = repeated.pop("prompt", [])
+        if not texts and self.engine.reward.functions:
+            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+        return self.engine.reward.start(texts or prompts, repeated, tokenizer)
+
+    def _roll_out(self, prompts: list[list[int]], pending: PendingScores) -> Rollout:
+        config = self.config
         params = SamplingParams(
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
             seed=(self._seed * 1_000_003 + self.iteration) % 2**31,
         )
-        return self.engine.rollout_engine.generate(prompts, params)
+        return self.engine.rollout_engine.generate(prompts, params, on_finish=pending.submit)
 
-    def _score(self, prompts: Sequence[Sequence[int]], rollout: Rollout) -> dict[str, Tensor]:
-        """The columns of Experience that the models give, for this rank's prompts."""
-        config, engine = self.config, self.engine
-        input_ids, prompt_lengths = self._join(prompts, rollout)
-        lengths = rollout.lengths
-        parts = list(_slices(len(prompts), config.micro_batch_size))
-
-        def by_part(function: Callable[[slice], Tensor]) -> Tensor:
-            return _cat_padded([function(part) for part in parts])
-
-        def logprobs(model: Engine) -> Tensor:
-            return by_part(
-                lambda part: model(
-                    response_logprobs, input_ids[part], prompt_lengths[part], lengths[part],
-                    temperature=config.temperature,
-                )[0]
-            )  # fmt: skip
-
-        from_rollout = config.old_logprobs == "rollout"
-        old_logprobs = rollout.logprobs if from_rollout else logprobs(self._actor)  # (B, T)
-        ref_logprobs = logprobs(engine.frozen_reference)  # (B, T)
-        values = by_part(
-            lambda part: self._critic(
-                response_values, input_ids[part], prompt_lengths[part], lengths[part]
+    def _check_kl(self, experience: Experience) -> None:
+        tokens = float(experience.response_lengths.sum())
+        kl = float((experience.old_logprobs - experience.ref_logprobs).sum()) / tokens
+        if not kl <= self.config.kl_limit:
+            raise ValueError(
+                f"the policy has left the reference: {kl:.1f} nats per token in iteration "
+                f"{self.iteration + 1}, over kl_limit={self.config.kl_limit:g}. Lower the learning "
+                "rate or epochs, raise kl_coef, or set kl_target"
             )
-        )  # (B, T)
-        ended = torch.tensor(
-            [reason == "stop" for reason in rollout.finish_reasons], device=input_ids.device
-        )
-        scores = torch.cat(
-            [
-                engine.score(input_ids[p], prompt_lengths[p], (prompt_lengths + lengths)[p])
-                for p in parts
-            ]
-        )  # (B,)
-        return {
-            "input_ids": input_ids,
-            "prompt_lengths": prompt_lengths,
-            "response_lengths": lengths,
-            "old_logprobs": old_logprobs,
-            "ref_logprobs": ref_logprobs,
-            "values": values,
-            "scores": scores - config.missing_eos_penalty * ~ended,
-            "ended": ended,
-        }
-
-    def _shape(self, columns: dict[str, Tensor]) -> Experience:
-        """Rewards, advantages and returns of the whole batch."""
-        config = self.config
-        pad_id: Any = self.engine.tokenizer.pad_token_id
-        columns = distributed.gather_rows(columns, padding={"input_ids": pad_id})
-        lengths, values = columns["response_lengths"], columns["values"]
-        mask = length_mask(lengths, values.shape[1])
-        rewards = shape_rewards(
-            columns["scores"], k1(columns["old_logprobs"], columns["ref_logprobs"]), lengths,
-            kl_coef=self.kl.coef, clip=config.reward_clip,
-        )  # fmt: skip  # (B, T)
-        advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-        return Experience(
-            **columns, rewards=rewards, advantages=whiten(advantages, mask), returns=returns
-        )
-
-    def _join(self, prompts: Sequence[Sequence[int]], rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Right-padded prompts with their responses (B, P + T), and the prompt lengths (B,)."""
-        sequences = [[*prompt, *rollout.response(i)] for i, prompt in enumerate(prompts)]
-        pad_id: Any = self.engine.tokenizer.pad_token_id
-        input_ids, _ = collate_right(sequences, pad_id)
-        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-        device = rollout.tokens.device
-        return input_ids.to(device), prompt_lengths.to(device)
 
     # ---- update ----------------------------------------------------------------------------------
 
@@ -199,39 +186,76 @@ class PPOTrainer:
             yield experience.select(rows.to(experience.input_ids.device))
 
     def _update(self, batch: Experience, statistics: UpdateStatistics) -> None:
-        """One optimizer step of each model; sums over micro-batches over one global count."""
-        tokens = int(batch.response_mask.sum())
-        train_actor = self.iteration >= self.config.critic_warmup
+        """One optimizer step of each model; sums over micro-batches weighted by global counts."""
+        config = self.config
+        train_actor = self.iteration >= config.critic_warmup
+        tokens, sequences = int(batch.response_mask.sum()), len(batch)
         by_length = batch.lengths.argsort(stable=True)
         ours = by_length[distributed.rank() :: distributed.world_size()]
-        for part in ours.split(self.config.micro_batch_size):
+        for part in ours.split(config.micro_batch_size):
             micro = batch.select(part)
             with self._watch("update_actor"):
-                loss = self._policy_loss(micro, statistics)
+                weights = aggregation_weights(
+                    self.algorithm.aggregation, micro.response_lengths, tokens=tokens,
+                    sequences=sequences, max_length=config.max_new_tokens,
+                )  # fmt: skip
+                loss = self._policy_loss(micro, weights, statistics)
                 if train_actor:
-                    self._actor.backward(loss / tokens)
-            with self._watch("update_critic"):
-                self._critic.backward(self._value_loss(micro, statistics) / tokens)
+                    self._actor.backward(loss)
+            if self._critic is not None:
+                with self._watch("update_critic"):
+                    self._critic.backward(self._value_loss(micro, statistics) / tokens)
         with self._watch("update_actor"):
             if train_actor:
-                statistics.actor_step(self._actor.step())
-        with self._watch("update_critic"):
-            statistics.critic_step(self._critic.step())
+                self._step_actor(statistics)
+        if self._critic is not None:
+            with self._watch("update_critic"):
+                statistics.critic_step(self._critic.step())
+        statistics.end_mini_batch()
 
-    def _policy_loss(self, micro: Experience, statistics: UpdateStatistics) -> Tensor:
+    def _step_actor(self, statistics: UpdateStatistics) -> None:
+        config = self.config
+        if self._mixture is not None:
+            loss = self._mixture.backward(
+                self._actor, coef=config.ptx_coef, micro_batch_size=config.micro_batch_size
+            )
+            statistics.add_mixture(loss)
+        statistics.actor_step(self._actor.step())
+        if self.average is not None:
+            with self._actor.gathered():
+                self.average.update()
+
+    def _policy_loss(
+        self, micro: Experience, weights: Tensor, statistics: UpdateStatistics
+    ) -> Tensor:
+        config, mask = self.config, micro.response_mask
         logprobs, entropy = self._actor(
             response_logprobs, micro.input_ids, micro.prompt_lengths, micro.response_lengths,
-            temperature=self.config.temperature,
+            temperature=config.temperature,
         )  # fmt: skip
-        mask = micro.response_mask
+        importance = None
+        if config.importance_cap is not None:
+            importance = truncated_importance(
+                micro.old_logprobs, micro.sampling_logprobs, cap=config.importance_cap
+            )
+            statistics.add_importance(importance, mask)
         result = policy_loss(
-            logprobs, micro.old_logprobs, micro.advantages, mask, cliprange=self.config.cliprange
-        )
+            logprobs, micro.old_logprobs, micro.advantages, mask, cliprange=config.cliprange,
+            dual_clip=config.dual_clip,
+            weights=weights if importance is None else weights * importance,
+        )  # fmt: skip
         gap = (logprobs.detach() - micro.old_logprobs).abs()
         statistics.add_policy(result, entropy.detach().sum(), gap, mask)
-        return result.loss
+        loss = result.loss
+        if self.algorithm.kl_in_loss:
+            kl = self.algorithm.kl(logprobs, micro.ref_logprobs)
+            loss = loss + self.kl.coef * weighted_sum(kl, mask, weights)
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * weighted_sum(entropy, mask, weights)
+        return loss
 
     def _value_loss(self, micro: Experience, statistics: UpdateStatistics) -> Tensor:
+        assert self._critic is not None
         values = self._critic(
             response_values, micro.input_ids, micro.prompt_lengths, micro.response_lengths
         )
@@ -242,23 +266,19 @@ class PPOTrainer:
         statistics.add_value(result)
         return result.loss
 
-    # ---- metrics ---------------------------------------------------------------------------------
+    def _mixture_of(self, rows: Dataset | None) -> MixtureData | None:
+        config = self.config
+        if not config.ptx_coef:
+            return None
+        if rows is None:
+            raise ValueError("ptx_coef needs rows to learn from: give PPOTrainer a mixture")
+        responses = config.batch_size * config.samples_per_prompt
+        return MixtureData(
+            rows, -(-responses // config.mini_batches), seed=self._seed + MIXTURE_SEED,
+            pad_id=int(self.engine.tokenizer.pad_token_id),
+        )  # fmt: skip
 
-    def _log_experience(self, experience: Experience) -> None:
-        kl = k1(experience.old_logprobs, experience.ref_logprobs)
-        mask = experience.response_mask
-        non_score = -self.kl.coef * kl.sum(1)  # (B,)
-        self.metrics = {
-            "objective/kl": float(kl.sum(1).mean()),
-            "objective/entropy": float(-experience.old_logprobs.sum(1).mean()),
-            "objective/non_score_reward": float(non_score.mean()),
-            "objective/rlhf_reward": float((experience.scores + non_score).mean()),
-            "objective/scores": float(experience.scores.mean()),
-            "objective/kl_coef": self.kl.coef,
-            "val/num_eos_tokens": float(experience.ended.sum()),
-            "val/response_length": float(experience.response_lengths.float().mean()),
-            "val/explained_variance": _explained_variance(experience, mask),
-        }
+    # ---- metrics ---------------------------------------------------------------------------------
 
     def _log_update(self, experience: Experience, statistics: UpdateStatistics) -> None:
         seconds = self._watch.seconds
@@ -272,24 +292,3 @@ class PPOTrainer:
             "perf/tokens_per_s": float(experience.lengths.sum()) / total,
             "episode": float(self.iteration * len(experience)),
         }
-
-
-def _explained_variance(experience: Experience, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns), over response tokens."""
-
-    def variance(x: Tensor) -> Tensor:
-        return masked_mean((x - masked_mean(x, mask)).square(), mask)
-
-    unexplained = variance(experience.returns - experience.values)
-    return float(1 - unexplained / variance(experience.returns).clamp(min=1e-8))
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, start + size)
-
-
-def _cat_padded(parts: list[Tensor]) -> Tensor:
-    """(b_i, t_i) tensors of different widths as one (B, T), zero-padded at the right."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])

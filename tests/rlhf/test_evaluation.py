@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from rlhf.evaluation import (
     Throughput,
     compare_with_hf_generate,
     evaluate_policy,
-    load_metric,
     write_report,
 )
 from rlhf.models import sequence_scores
+from rlhf.rewards import Reward
 
 STOPS = [2, *range(100, 130)]
 
@@ -48,8 +47,8 @@ def test_policy_evaluation_is_the_loop(causal_lm, scorer, tokenizer, prompts, mi
         return [float(i) for i in range(len(prompts))]
 
     found = evaluate_policy(
-        actor, reference, reward, tokenizer, prompts, max_new_tokens=10, metric=metric,
-        micro_batch_size=micro, seed=5,
+        actor, reference, Reward(model=reward), tokenizer, prompts, max_new_tokens=10,
+        metric=metric, micro_batch_size=micro, seed=5,
     )  # fmt: skip
     ids = list(prompts["input_ids"])
     rollout = HybridEngine(actor).generate(ids, SamplingParams(max_new_tokens=10, seed=5))
@@ -81,7 +80,7 @@ def test_policy_evaluation_is_the_loop(causal_lm, scorer, tokenizer, prompts, mi
 def test_a_policy_has_no_kl_from_itself(causal_lm, scorer, tokenizer, prompts) -> None:
     actor = causal_lm()
     found = evaluate_policy(
-        actor, actor, scorer(), tokenizer, prompts, max_new_tokens=10, metric=None
+        actor, actor, Reward(model=scorer()), tokenizer, prompts, max_new_tokens=10, metric=None
     )
     assert abs(found.kl) < 1e-4
     assert found.quality is None
@@ -90,22 +89,14 @@ def test_a_policy_has_no_kl_from_itself(causal_lm, scorer, tokenizer, prompts) -
 def test_evaluation_leaves_the_model_as_it_was(causal_lm, scorer, tokenizer, prompts) -> None:
     actor = causal_lm()
     before = {name: tensor.clone() for name, tensor in actor.state_dict().items()}
-    evaluate_policy(actor, actor, scorer(), tokenizer, prompts, max_new_tokens=4, metric=None)
+    evaluate_policy(
+        actor, actor, Reward(model=scorer()), tokenizer, prompts, max_new_tokens=4, metric=None
+    )
     for name, tensor in actor.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert len({p.untyped_storage().data_ptr() for p in actor.parameters()}) == len(
         list(actor.parameters())
     )
-
-
-@pytest.mark.parametrize("path", ["nowhere:f", "rlhf.data.synthetic:nothing", "math", ""])
-def test_a_metric_that_is_not_there(path: str) -> None:
-    with pytest.raises(ValueError, match="give module:function"):
-        load_metric(path)
-
-
-def test_metric_by_name() -> None:
-    assert load_metric("math:sqrt") is math.sqrt
 
 
 def test_throughput_counts_real_tokens(causal_lm, tokenizer, prompts) -> None:

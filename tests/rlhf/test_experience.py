@@ -18,6 +18,7 @@ def experience() -> Experience:
         prompt_lengths=torch.tensor(PROMPTS),
         response_lengths=torch.tensor(RESPONSES),
         old_logprobs=cells,
+        sampling_logprobs=cells + 600,
         ref_logprobs=cells + 100,
         values=cells + 200,
         scores=torch.tensor([1.0, 2.0, 3.0]),
@@ -25,6 +26,7 @@ def experience() -> Experience:
         advantages=cells + 400,
         returns=cells + 500,
         ended=torch.tensor([True, False, True]),
+        groups=torch.tensor([7, 7, 8]),
     )
 
 
@@ -50,8 +52,10 @@ def test_select_takes_whole_rows_and_cuts_to_the_longest() -> None:
     assert part.response_lengths.tolist() == [1, 2]
     assert part.scores.tolist() == [3.0, 1.0]
     assert part.ended.tolist() == [True, True]
+    assert part.groups.tolist() == [8, 7]
     offsets = {"old_logprobs": 0, "ref_logprobs": 100, "values": 200, "rewards": 300}
-    for name, offset in {**offsets, "advantages": 400, "returns": 500}.items():
+    more = {"advantages": 400, "returns": 500, "sampling_logprobs": 600}
+    for name, offset in {**offsets, **more}.items():
         expected = [[10.0 + offset, 11.0 + offset], [0.0 + offset, 1.0 + offset]]
         assert getattr(part, name).tolist() == expected, name
     assert part.response_mask.tolist() == [[True, False], [True, True]]

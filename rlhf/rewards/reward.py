@@ -1,0 +1,177 @@
+"""A weighted sum of a reward model and functions, which run beside the decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data import decode_completion, to_completion
+from rlhf.engines import Engine, Engines, PlainEngine
+from rlhf.models import sequence_scores
+from rlhf.rewards.functions import RewardFunction, call_function, function_name
+
+# Scores of B sequences from right-padded ids (B, L), prompt lengths and total lengths (B,).
+Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+WORKERS = 4  # threads that run reward functions
+
+
+@dataclass(frozen=True)
+class Scores:
+    """B scores and the parts that they are the weighted sum of."""
+
+    total: Tensor  # (B,) fp32; NaN where every part skipped the response
+    parts: dict[str, Tensor]  # name -> (B,) fp32, unweighted; NaN where skipped
+
+
+class Reward:
+    """The score of a response: `model_weight * model + sum of weights[i] * functions[i]`.
+
+    A part that skips a response (None) counts as 0 in the sum; a response that all parts skip has
+    no score and is not learned from.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction] = (),
+        *,
+        weights: Sequence[float] | None = None,
+        model: nn.Module | Scorer | None = None,
+        model_weight: float = 1.0,
+        overlap: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: a classifier with one label, or any `Scorer`.
+            overlap: call each function with one response as soon as it ends; False: once with the
+                whole batch, for functions that compare its responses.
+        """
+        if not functions and model is None:
+            raise ValueError("a reward needs a model or a function")
+        if weights is not None and len(weights) != len(functions):
+            raise ValueError(
+                f"{len(weights)} weights for {len(functions)} reward functions: give one for each"
+            )
+        self.functions = list(functions)
+        self.weights = [1.0] * len(functions) if weights is None else list(weights)
+        self.model = model if isinstance(model, nn.Module) else None
+        self.model_weight = model_weight
+        self._scorer = model_scorer(PlainEngine(model)) if isinstance(model, nn.Module) else model
+        self._overlap = overlap
+        self._names = _distinct([function_name(f) for f in functions])
+
+    def place_model(self, engines: Engines) -> None:
+        """Compute the model's scores as `engines` has it, spread over ranks or whole."""
+        if self.model is not None:
+            self._scorer = model_scorer(engines.frozen(self.model, role="reward"))
+
+    def start(
+        self,
+        prompts: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> PendingScores:
+        """Scores of B responses to come; prompts and columns have B entries each."""
+        return PendingScores(self, prompts, columns, tokenizer)
+
+    @torch.no_grad()
+    def model_scores(
+        self, input_ids: Tensor, prompt_lengths: Tensor, lengths: Tensor, *, micro_batch_size: int
+    ) -> Tensor | None:
+        """(B,) of the model alone, from right-padded ids (B, L); None without a model.
+
+        Raises ValueError if a score is NaN or infinite.
+        """
+        if self._scorer is None:
+            return None
+        parts = [
+            self._scorer(ids, prompt, total)
+            for ids, prompt, total in zip(
+                *(x.split(micro_batch_size) for x in (input_ids, prompt_lengths, lengths)),
+                strict=True,
+            )
+        ]
+        scores = torch.cat(parts).float()
+        if not scores.isfinite().all():
+            raise ValueError(
+                "the reward model's scores are not finite: it has diverged, train anew"
+            )
+        return scores
+
+
+class PendingScores:
+    """Functions at work on one rollout: `submit` each response as it ends, then ask for all."""
+
+    def __init__(
+        self,
+        reward: Reward,
+        prompts: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._reward = reward
+        self._prompts = prompts
+        self._columns = columns
+        self._tokenizer = tokenizer
+        self._responses: dict[int, list[int]] = {}
+        self._calls: list[tuple[int, list[int], Future[list[float]]]] = []
+        self._pool = ThreadPoolExecutor(WORKERS) if reward.functions else None
+
+    def submit(self, index: int, response: list[int]) -> None:
+        """The tokens of one response."""
+        self._responses[index] = response
+        if self._reward._overlap:
+            self._call([index])
+
+    def scores(self, model_scores: Tensor | None, *, device: torch.device) -> Scores:
+        """Wait for the functions and add everything up.
+
+        Raises FunctionError with the name of a function that failed.
+        """
+        reward = self._reward
+        if not reward._overlap:
+            self._call(sorted(self._responses))
+        found = torch.zeros(len(reward.functions), len(self._prompts))
+        try:
+            for number, indices, call in self._calls:
+                found[number, indices] = torch.tensor(call.result(), dtype=torch.float32)
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+        parts = dict(zip(reward._names, found.to(device), strict=True))
+        weights = list(reward.weights)
+        if model_scores is not None:
+            parts["reward_model"] = model_scores
+            weights.append(reward.model_weight)
+        stacked = torch.stack(list(parts.values()))  # (parts, B)
+        total = torch.tensor(weights, device=device) @ stacked.nan_to_num(0.0)
+        return Scores(torch.where(stacked.isnan().all(0), torch.nan, total), parts)
+
+    def _call(self, indices: list[int]) -> None:
+        for number, function in enumerate(self._reward.functions):
+            assert self._pool is not None
+            self._calls.append((number, indices, self._pool.submit(self._run, function, indices)))
+
+    def _run(self, function: RewardFunction, indices: list[int]) -> list[float]:
+        prompts = [self._prompts[i] for i in indices]
+        texts = [decode_completion(self._responses[i], self._tokenizer) for i in indices]
+        completions = [to_completion(t, p) for t, p in zip(texts, prompts, strict=True)]
+        columns = {name: [column[i] for i in indices] for name, column in self._columns.items()}
+        return call_function(function, prompts, completions, columns)
+
+
+def model_scorer(reward: Engine) -> Scorer:
+    """The scores of a reward model that shares the actor's tokenizer."""
+    reward.module.eval().requires_grad_(False)
+    return lambda ids, prompt_lengths, lengths: reward(sequence_scores, ids, lengths)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names with a number where two functions have the same."""
+    return [f"{n}_{names[:i].count(n) + 1}" if n in names[:i] else n for i, n in enumerate(names)]
