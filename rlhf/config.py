@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+ZeroStage = Literal[0, 1, 2, 3]
+Offload = Literal["none", "optimizer", "all"]
+
 
 def _positive(config: object, *names: str) -> None:
     for name in names:
@@ -115,6 +118,38 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "max_grad_norm")
         _fraction(self, "warmup_fraction")
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How one model is spread over processes; what is not given is as for all models."""
+
+    zero_stage: ZeroStage | None = None
+    """ZeRO stage of this model."""
+    offload: Offload | None = None
+    """What of this model lies in the CPU's memory."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How models are spread over processes, and what memory their training takes."""
+
+    offload: Offload = "none"
+    """To the CPU's memory: the optimizer's state, or (all, with ZeRO 3) the weights too."""
+    adam: Literal["fused", "cpu"] = "fused"
+    """AdamW of torch, or DeepSpeed's for offload on a GPU, which is compiled when first used."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
+    deepspeed_config: str | None = None
+    """JSON file, merged over the DeepSpeed configuration that is made from these options."""
+    actor: ShardingConfig = field(default_factory=ShardingConfig)
+    """The model of SFT, and PPO's actor."""
+    critic: ShardingConfig = field(default_factory=ShardingConfig)
+    """The model of the reward step, and PPO's critic."""
+    reference: ShardingConfig = field(default_factory=ShardingConfig)
+    """PPO's reference."""
+    reward: ShardingConfig = field(default_factory=ShardingConfig)
+    """PPO's reward model."""
 
 
 @dataclass(frozen=True)
@@ -326,8 +361,12 @@ class RunConfig:
     """Where models, metrics and the report go."""
     seed: int = 0
     """Of everything random."""
+    zero_stage: ZeroStage | None = None
+    """ZeRO stage (0 to 3) of all models; default: 2 on several processes, plain torch on one."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The pretrained model."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Memory and processes."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     """Step 1."""
     reward: RewardConfig = field(default_factory=RewardConfig)
