@@ -32,6 +32,7 @@ FLOORS = [
         "rlhf.advantages",
         "rlhf.kl",
         "rlhf.experience",
+        "rlhf.plan",
     ],
     ["rlhf.data", "rlhf.models", "rlhf.engines", "rlhf.tracking"],
     ["rlhf.rewards"],

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from rlhf.cli.plan import plan, plan_parser
 from rlhf.config import RunConfig
 
 STEPS = {
@@ -32,6 +33,7 @@ def build_parser() -> ArgumentParser:
         step.add_class_arguments(RunConfig)
         commands.add_subcommand(name, step, help=description)
     commands.add_subcommand("chat", _chat_parser(), help="talk to a model")
+    commands.add_subcommand("plan", plan_parser(), help="memory, time and cost on given GPUs")
     return parser
 
 
@@ -67,6 +69,9 @@ def _dispatch(command: str, parser: ArgumentParser, arguments: Namespace) -> Non
             temperature=options.temperature,
             seed=options.seed,
         )
+        return
+    if command == "plan":
+        plan(arguments.plan)
         return
     config = _run_config(parser.instantiate(arguments)[command])
     from rlhf.pipeline import Pipeline
