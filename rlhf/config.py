@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ZeroStage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
+STEPS = ("demonstrations", "preferences", "prompts")  # what the three read, in data_split's order
 
 
 def _positive(config: object, *names: str) -> None:
@@ -58,6 +60,10 @@ class ModelConfig:
     """Folder or hub name of a Hugging Face causal language model."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; default: the model's."""
+    chat_template: str | None = None
+    """Jinja template of dialogues, or a file that holds it; default: the tokenizer's own."""
+    eos_token: str | None = None
+    """The token that ends a response; default: the tokenizer's own."""
     init: dict[str, Any] | None = None
     """Instead of path: the config of a randomly initialised model, with its model_type."""
     vocab_size: int = 1024
@@ -75,15 +81,39 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """One dataset."""
+class SourceConfig:
+    """One dataset of a mix."""
 
     name: str = "synthetic"
-    """`synthetic`, a .json, .jsonl or .parquet file, a folder, or a hub name."""
+    """`synthetic`, a .json, .jsonl, .parquet or .arrow file, a folder, or a hub name."""
     subset: str | None = None
     """Configuration of a hub dataset."""
+    splits: dict[Literal["train", "test"], str] | None = None
+    """The dataset's names for its splits, such as {train: train_prefs, test: test_prefs}."""
     columns: dict[str, str] | None = None
     """Our name for a column -> the dataset's, such as {prompt: instruction}."""
+    weight: float | None = None
+    """Share of the rows, in any unit; default: the number of rows it has."""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"weight must be positive, got {self.weight}; leave the dataset out")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data of one step: a dataset, or several mixed."""
+
+    name: str = "synthetic"
+    """`synthetic`, a .json, .jsonl, .parquet or .arrow file, a folder, or a hub name."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    splits: dict[Literal["train", "test"], str] | None = None
+    """The dataset's names for its splits, such as {train: train_prefs, test: test_prefs}."""
+    columns: dict[str, str] | None = None
+    """Our name for a column -> the dataset's, such as {prompt: instruction}."""
+    mix: list[SourceConfig] | None = None
+    """Instead of name: several datasets, such as [{name: a, weight: 2}, {name: b, weight: 1}]."""
     rows: int | None = None
     """At most so many training rows; for `synthetic`, how many to generate."""
     heldout_rows: int = 500
@@ -98,6 +128,17 @@ class DataConfig:
         _fraction(self, "heldout_fraction")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"rows must be positive, got {self.rows}")
+        if self.mix is not None and not self.mix:
+            raise ValueError("mix is empty: give at least one dataset, or leave it out")
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ValueError("mix: give every dataset a weight, or none")
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """The datasets to mix; one where there is no mix."""
+        if self.mix is not None:
+            return self.mix
+        return [SourceConfig(self.name, self.subset, self.splits, self.columns)]
 
 
 @dataclass(frozen=True)
@@ -363,6 +404,11 @@ class RunConfig:
     """Of everything random."""
     zero_stage: ZeroStage | None = None
     """ZeRO stage (0 to 3) of all models; default: 2 on several processes, plain torch on one."""
+    data_path: list[str] | None = None
+    """Datasets of all three steps, in place of the names in their sections."""
+    data_split: list[float] | str | None = None
+    """Shares of the prompts for SFT, reward model (or DPO) and PPO, such as 2,4,4: no prompt in two
+    steps. Default: each step has all of its data."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The pretrained model."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -375,3 +421,33 @@ class RunConfig:
     """Step 3."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The report."""
+
+    def __post_init__(self) -> None:
+        fractions = self.fractions
+        if fractions is not None and (
+            len(fractions) != len(STEPS) or min(fractions) < 0 or sum(fractions) <= 0
+        ):
+            raise ValueError(
+                "data_split must be three shares of 0 or more, such as 2,4,4 for SFT, reward model"
+                f" and PPO, got {self.data_split!r}"
+            )
+
+    @property
+    def fractions(self) -> list[float] | None:
+        """data_split as numbers."""
+        return None if self.data_split is None else _numbers(self.data_split)
+
+    def data_of(self, section: DataConfig) -> DataConfig:
+        """A step's data section, with the datasets of data_path where that is given."""
+        if self.data_path is None:
+            return section
+        mix = [SourceConfig(name, columns=section.columns) for name in self.data_path]
+        return dataclasses.replace(section, mix=mix)
+
+
+def _numbers(text: list[float] | str) -> list[float]:
+    """The text "2,4,4" as numbers; [] if it holds something else."""
+    try:
+        return [float(x) for x in (text.split(",") if isinstance(text, str) else text)]
+    except ValueError:
+        return []

@@ -12,16 +12,14 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import DataConfig, RunConfig
+from rlhf.config import STEPS, DataConfig, RunConfig
 from rlhf.data import (
+    DataBlend,
     Purpose,
     RowBatches,
-    Split,
-    encode_demonstrations,
-    encode_preferences,
-    encode_prompts,
-    load_rows,
     load_tokenizer,
+    read_chat_template,
+    shares_of,
     texts_of,
     train_tokenizer,
 )
@@ -79,17 +77,14 @@ class Pipeline:
         config = self.config.sft
         with self._watch("SFT"):
             self._seed()
-            rows = self._rows(config.data, "demonstrations", "train")
-            heldout = self._rows(config.data, "demonstrations", "test")
-            model, tokenizer = self._first_model(rows)
+            data = self._data(config.data, "demonstrations")
+            model, tokenizer = self._first_model(data)
             self.report.parameters = parameter_count(model)
-            limit = config.data.max_length
             trainer = SFTTrainer(model, tokenizer, config, seed=self.config.seed)
             with Tracker(self.folder, "sft") as tracker:
-                encoded = encode_demonstrations(rows, tokenizer, max_length=limit)
-                trainer.train(encoded, tracker=tracker, console=self._console)
-                encoded = encode_demonstrations(heldout, tokenizer, max_length=limit)
-                self.report.sft = trainer.evaluate(encoded)
+                rows = data.encoded("train", tokenizer)
+                trainer.train(rows, tracker=tracker, console=self._console)
+                self.report.sft = trainer.evaluate(data.encoded("test", tokenizer))
                 self.report.histories["sft"] = tracker.history
             save_model(model, tokenizer, self.folder / "sft", base=self.config.model.path)
 
@@ -102,20 +97,16 @@ class Pipeline:
             model = load_scorer(path, tokenizer, dtype=self._dtype)
             add_adapters(model, self.config.model.lora)
             self.report.parameters = parameter_count(model)
-            limit = config.data.max_length
+            data = self._data(config.data, "preferences")
             trainer = RewardTrainer(model, tokenizer, config, seed=self.config.seed)
             with Tracker(self.folder, "reward") as tracker:
-                rows = self._rows(config.data, "preferences", "train")
-                encoded = encode_preferences(rows, tokenizer, max_length=limit)
-                trainer.train(encoded, tracker=tracker, console=self._console)
-                heldout = self._rows(config.data, "preferences", "test")
-                encoded = encode_preferences(heldout, tokenizer, max_length=limit)
-                self.report.reward = trainer.evaluate(encoded)
+                rows = data.encoded("train", tokenizer)
+                trainer.train(rows, tracker=tracker, console=self._console)
+                self.report.reward = trainer.evaluate(data.encoded("test", tokenizer))
                 self.report.histories["reward"] = tracker.history
-            demonstrations = self._rows(self.config.sft.data, "demonstrations", "train")
-            sample = demonstrations.select(range(min(NORMALISATION_ROWS, len(demonstrations))))
-            sample = encode_demonstrations(sample, tokenizer, max_length=limit)
-            self.report.reward |= trainer.normalise(list(sample["input_ids"]))
+            demonstrations = self._data(self.config.sft.data, "demonstrations")
+            sample = demonstrations.encoded("train", tokenizer)[:NORMALISATION_ROWS]
+            self.report.reward |= trainer.normalise(sample["input_ids"])
             save_model(model, tokenizer, self.folder / "reward", base=path)
 
     def ppo(self) -> None:
@@ -134,8 +125,7 @@ class Pipeline:
             engine = RLHFEngine(actor, critic, reward, tokenizer)
             mixture = self._mixture(tokenizer) if config.ptx_coef else None
             trainer = PPOTrainer(engine, config, seed=self.config.seed, mixture=mixture)
-            rows = self._rows(config.data, "prompts", "train")
-            rows = encode_prompts(rows, tokenizer, max_length=config.data.max_length)
+            rows = self._data(config.data, "prompts").encoded("train", tokenizer)
             self._train_ppo(trainer, rows)
             engine.rollout_engine.release()
             save_model(actor, tokenizer, self.folder / "actor", base=actor_path)
@@ -186,8 +176,7 @@ class Pipeline:
 
     def _mixture(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         data = self.config.ppo.ptx_data or self.config.sft.data
-        rows = self._rows(data, "demonstrations", "train")
-        return encode_demonstrations(rows, tokenizer, max_length=data.max_length)
+        return self._data(data, "demonstrations").encoded("train", tokenizer)
 
     def _train_ppo(self, trainer: PPOTrainer, rows: Dataset) -> None:
         config = self.config.ppo
@@ -217,9 +206,8 @@ class Pipeline:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         ppo, evaluation = self.config.ppo, self.config.evaluation
-        rows = self._rows(ppo.data, "prompts", "test")
+        rows = self._data(ppo.data, "prompts").encoded("test", tokenizer)
         rows = rows.select(range(min(evaluation.prompts, len(rows))))
-        rows = encode_prompts(rows, tokenizer, max_length=ppo.data.max_length)
         options: dict[str, Any] = {"max_new_tokens": ppo.max_new_tokens, "metric": self._metric}
         with whole_model(sft) as policy:
             self.report.before = evaluate_policy(policy, sft, reward, tokenizer, rows, **options)
@@ -240,7 +228,7 @@ class Pipeline:
 
     # ---- what the steps share --------------------------------------------------------------------
 
-    def _first_model(self, rows: Dataset) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    def _first_model(self, data: DataBlend) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         model = self.config.model
         if model.path is None and model.init is None:
             raise ValueError(
@@ -249,26 +237,24 @@ class Pipeline:
             )
         tokenizer: PreTrainedTokenizerBase
         if source := model.tokenizer or model.path:
-            tokenizer = load_tokenizer(source)
+            tokenizer = load_tokenizer(
+                source, chat_template=model.chat_template, eos_token=model.eos_token
+            )
         else:
-            tokenizer = train_tokenizer(texts_of(rows), vocab_size=model.vocab_size)
+            texts = texts_of(row for part in data.parts("train") for row in part)
+            template = model.chat_template and read_chat_template(model.chat_template)
+            tokenizer = train_tokenizer(texts, vocab_size=model.vocab_size, chat_template=template)
         if model.init is not None:
             return build_causal_lm(model.init, tokenizer, dtype=self._dtype), tokenizer
         assert model.path is not None
         pretrained = load_causal_lm(model.path, tokenizer, dtype=self._dtype)
         return add_adapters(pretrained, model.lora), tokenizer
 
-    def _rows(self, data: DataConfig, purpose: Purpose, split: Split) -> Dataset:
-        return load_rows(
-            data.name,
-            purpose=purpose,
-            split=split,
-            subset=data.subset,
-            columns=data.columns,
-            heldout_fraction=data.heldout_fraction,
-            max_rows=data.rows if split == "train" else data.heldout_rows,
-            seed=self.config.seed,
-        )
+    def _data(self, section: DataConfig, purpose: Purpose) -> DataBlend:
+        fractions = self.config.fractions
+        share = shares_of(fractions)[STEPS.index(purpose)] if fractions else (0.0, 1.0)
+        data = self.config.data_of(section)
+        return DataBlend(data, purpose, share=share, seed=self.config.seed)
 
     def _from_step(self, step: str, option: str) -> str:
         folder = self.folder / step

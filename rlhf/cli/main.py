@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from rlhf.cli.deepspeed_chat import as_lists
 from rlhf.cli.plan import plan, plan_parser
 from rlhf.config import RunConfig
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     _set_environment()
     parser = build_parser()
-    arguments = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
+    arguments = parser.parse_args(as_lists(sys.argv[1:] if argv is None else argv))
     command = arguments.command
     options = arguments[command]
     try:

@@ -8,7 +8,8 @@
         input_ids, lengths = collate_right(encoded[indices]["input_ids"], tokenizer.pad_token_id)
 
 `sources` finds the rows, `formats` brings them into one form, `encoding` makes ids and masks of
-them, `batching` tensors. `synthetic` is an instruction set whose answers have a checkable quality.
+them, `blend` one dataset of several, `batching` tensors; `cache` keeps on disk what was made.
+`synthetic` is an instruction set whose answers have a checkable quality.
 """
 
 from rlhf.data.batching import (
@@ -16,6 +17,7 @@ from rlhf.data.batching import (
     collate_right,
     length_mask,
 )
+from rlhf.data.blend import DataBlend, blend
 from rlhf.data.encoding import (
     Demonstration,
     Preference,
@@ -41,17 +43,19 @@ from rlhf.data.formats import (
     to_prompt,
 )
 from rlhf.data.sources import load_rows
-from rlhf.data.split import Split
+from rlhf.data.split import Share, Split, shares_of
 from rlhf.data.synthetic import answer_quality, quality
 from rlhf.data.tokenizer import (
     DEFAULT_CHAT_TEMPLATE,
     load_tokenizer,
     prepare_tokenizer,
+    read_chat_template,
     train_tokenizer,
 )
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
+    "DataBlend",
     "Demonstration",
     "Dialogue",
     "Message",
@@ -59,8 +63,10 @@ __all__ = [
     "Purpose",
     "Row",
     "RowBatches",
+    "Share",
     "Split",
     "answer_quality",
+    "blend",
     "collate_right",
     "decode_completion",
     "detect_format",
@@ -76,6 +82,8 @@ __all__ = [
     "parse_dialogue",
     "prepare_tokenizer",
     "quality",
+    "read_chat_template",
+    "shares_of",
     "texts_of",
     "to_completion",
     "to_demonstration",

@@ -7,18 +7,19 @@ of the ids that a model is trained on. What the model says ends with exactly one
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.cache import cached, content_digest, map_rows, tokenizer_digest
 from rlhf.data.formats import Row
 from rlhf.data.rendering import Piece, demonstration_pieces, preference_pieces, prompt_pieces
 
-logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 256
+_IDS = List(Value("int32"))
 
 
 class Demonstration(TypedDict):
@@ -33,6 +34,7 @@ class Preference(TypedDict):
 
     chosen_ids: list[int]
     rejected_ids: list[int]
+    margin: float  # by which the scores should differ at least; 0 where the data says nothing
 
 
 def encode_demonstration(
@@ -57,7 +59,11 @@ def encode_preference(
     chosen, rejected = _encode_pieces(preference_pieces(row, tokenizer), tokenizer)
     if max(len(chosen["input_ids"]), len(rejected["input_ids"])) > max_length:
         return None
-    return {"chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
+    return {
+        "chosen_ids": chosen["input_ids"],
+        "rejected_ids": rejected["input_ids"],
+        "margin": row.get("margin", 0.0),
+    }
 
 
 def encode_prompt(
@@ -96,13 +102,13 @@ def encode_demonstrations(
                 encoded.append(dict(cut))
         return encoded
 
-    return _map(rows, encode, tally, columns=("input_ids", "loss_mask"), keep_columns=False)
+    return _map(rows, encode, tally, tokenizer, {"input_ids": _IDS, "loss_mask": _IDS})
 
 
 def encode_preferences(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> Dataset:
-    """Encode all rows to columns {chosen_ids, rejected_ids}; pairs over the limit are dropped.
+    """Encode all rows to columns {chosen_ids, rejected_ids, margin}; pairs over the limit go.
 
     Raises ValueError if every pair is over the limit.
     """
@@ -112,14 +118,17 @@ def encode_preferences(
         pieces = [side for row in batch for side in preference_pieces(row, tokenizer)]
         ids = [full["input_ids"] for full in _encode_pieces(pieces, tokenizer)]
         encoded = []
-        for chosen, rejected in zip(ids[::2], ids[1::2], strict=True):
+        for row, chosen, rejected in zip(batch, ids[::2], ids[1::2], strict=True):
             longest = max(len(chosen), len(rejected))
             tally.count(longest, dropped=longest > max_length)
             if longest <= max_length:
-                encoded.append({"chosen_ids": chosen, "rejected_ids": rejected})
+                margin = row.get("margin", 0.0)
+                pair = {"chosen_ids": chosen, "rejected_ids": rejected, "margin": margin}
+                encoded.append(pair)
         return encoded
 
-    return _map(rows, encode, tally, columns=("chosen_ids", "rejected_ids"), keep_columns=False)
+    columns = {"chosen_ids": _IDS, "rejected_ids": _IDS, "margin": Value("float32")}
+    return _map(rows, encode, tally, tokenizer, columns)
 
 
 def encode_prompts(
@@ -142,7 +151,7 @@ def encode_prompts(
                 encoded.append({**row, "input_ids": ids})
         return encoded
 
-    return _map(rows, encode, tally, columns=("input_ids",), keep_columns=True)
+    return _map(rows, encode, tally, tokenizer, {**rows.features, "input_ids": _IDS})
 
 
 def _encode_pieces(
@@ -200,35 +209,30 @@ class _Tally:
         self.cut += length > self.max_length and not dropped
         self.longest = max(self.longest, length)
 
-    def report(self) -> None:
+    def warning(self) -> str:
+        """What to say, or "". Raises ValueError if nothing is left."""
         if self.rows and self.dropped == self.rows:
             raise ValueError(
                 f"all {self.rows} {self.what} are over the limit of {self.max_length} tokens (the"
                 f" longest row has {self.longest}): raise max_length or give shorter rows"
             )
-        if self.dropped or self.cut:
-            logger.warning(
-                "limit of %d tokens, longest row %d: %d of %d rows dropped, %d cut at the right",
-                self.max_length,
-                self.longest,
-                self.dropped,
-                self.rows,
-                self.cut,
-            )
+        if not self.dropped and not self.cut:
+            return ""
+        return (
+            f"limit of {self.max_length} tokens, longest row {self.longest}: {self.dropped} of"
+            f" {self.rows} rows dropped, {self.cut} cut at the right"
+        )
 
 
 def _map(
     rows: Dataset,
     encode: Callable[[list[Row]], list[Row]],
     tally: _Tally,
-    *,
-    keep_columns: bool,
-    columns: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Mapping[str, Any],
 ) -> Dataset:
-    """Apply `encode` to batches of rows and report the tally; never reads a stale cache."""
-    features = Features(dict(rows.features) if keep_columns else {})
-    for column in columns:
-        features[column] = List(Value("int32"))
+    """Apply `encode` to batches of rows, or take what it gave before; warn of what it cost."""
+    features = Features(columns)
 
     def encode_columns(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         names = list(batch)
@@ -237,14 +241,14 @@ def _map(
         )
         return {name: [row[name] for row in encoded] for name in features}
 
-    result = rows.map(
-        encode_columns,
-        batched=True,
-        batch_size=_ROWS_AT_ONCE,
-        remove_columns=rows.column_names,
-        features=features,
-        load_from_cache_file=False,
-        desc="tokenise",
-    )
-    tally.report()
-    return result
+    def build(folder: Path) -> tuple[Dataset, str]:
+        encoded = map_rows(rows, encode_columns, features, folder, batch_size=_ROWS_AT_ONCE)
+        return encoded, tally.warning()
+
+    parts = {
+        "rows": content_digest(rows),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "max_length": tally.max_length,
+        "columns": str(features),
+    }
+    return cached(f"encoded-{tally.what}", parts, build)

@@ -9,7 +9,8 @@
     question, answer                       as prompt, completion       -            yes
     prompt                                 -                           -            yes
 
-A canonical preference is {prompt, chosen, rejected}, a canonical prompt {prompt}. Dialogues are
+A canonical preference is {prompt, chosen, rejected}, and margin if the row has one; a canonical
+prompt is {prompt}. Dialogues are
 lists of {"role", "content"} messages; prompts and completions that are plain strings stay verbatim
 strings. Dialogues written as text in the manner of hh-rlhf ("\\n\\nHuman:", "\\n\\nAssistant:")
 without a prompt column are parsed into messages.
@@ -17,6 +18,7 @@ without a prompt column are parsed into messages.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast
@@ -103,11 +105,16 @@ def to_demonstration(row: Row) -> Row | None:
 
 
 def to_preference(row: Row) -> Row | None:
-    """Return {prompt, chosen, rejected}; None if a completion is empty or both are the same."""
+    """Return {prompt, chosen, rejected}, and margin if the row has that column.
+
+    None if a completion is empty or both are the same.
+    """
     pair = _split_pair(_cleaned(row, detect_format(row, purpose="preferences")))
     if pair is None or pair["chosen"] == pair["rejected"]:
         return None
-    return pair if _said_something(pair["chosen"], pair["rejected"]) else None
+    if not _said_something(pair["chosen"], pair["rejected"]):
+        return None
+    return {**pair, "margin": _number(row["margin"])} if "margin" in row else pair
 
 
 def to_prompt(row: Row) -> Row | None:
@@ -231,6 +238,13 @@ def _align(prompt: Any, completion: Any) -> tuple[Dialogue, Dialogue]:
 
 def _said_something(*dialogues: Dialogue) -> bool:
     return all(last_content(dialogue).strip() for dialogue in dialogues)
+
+
+def _number(margin: Any) -> float:
+    """A margin; none is 0."""
+    if margin is not None and (not isinstance(margin, int | float) or not math.isfinite(margin)):
+        raise ValueError(f"margin: expected a finite number, got {margin!r}")
+    return float(margin or 0.0)
 
 
 def _said(role: str, content: str) -> list[Message]:

@@ -6,26 +6,16 @@ is the source's own test split, or else the rows whose prompt falls into a fixed
 
 from __future__ import annotations
 
-import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    IterableDataset,
-    IterableDatasetDict,
-    List,
-    Value,
-    load_dataset,
-    load_from_disk,
-)
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, Features, List, Value
 
 from rlhf.data import synthetic
+from rlhf.data.cache import cached, content_digest, map_rows
 from rlhf.data.formats import (
     FORMATS,
     Purpose,
@@ -36,17 +26,17 @@ from rlhf.data.formats import (
     to_preference,
     to_prompt,
 )
-from rlhf.data.names import first_line, looks_local, missing_path
-from rlhf.data.split import Split, check_split, is_heldout
-
-logger = logging.getLogger(__name__)
+from rlhf.data.opening import open_sides
+from rlhf.data.split import Share, Split, check_split, is_heldout, is_in_share
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_ROWS: Mapping[Split, int] = {"train": 6000, "test": 500}  # unless max_rows says otherwise
-_HELDOUT_SPLITS = ("test", "validation", "valid", "eval", "dev")
-_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-
-_DIALOGUE = List({"role": Value("string"), "content": Value("string")})
+_ROWS_AT_ONCE = 1000
+_TYPES = {
+    str: Value("string"),
+    float: Value("float32"),
+    list: List({"role": Value("string"), "content": Value("string")}),
+}
 
 _GENERATORS: Mapping[Purpose, Callable[..., list[Row]]] = {
     "demonstrations": synthetic.demonstrations,
@@ -69,13 +59,15 @@ def load_rows(
     splits: Mapping[Split, str] | None = None,
     columns: Mapping[str, str] | None = None,
     heldout_fraction: float = 0.05,
+    share: Share = (0.0, 1.0),
     max_rows: int | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Load one side of a dataset as canonical rows for a purpose.
 
     Args:
-        name: "synthetic", a .json, .jsonl, .parquet or .arrow file, a folder, or a hub name.
+        name: "synthetic", a .json, .jsonl, .parquet or .arrow file, a folder, or a hub name;
+            DeepSpeed-Chat's "local/jsonfile" is data/train.json and data/eval.json.
         purpose: "demonstrations", "preferences" or "prompts". Prompts keep the columns that are
             not part of the dialogue, for reward functions.
         split: "train" or "test". A source with a test or validation split of its own keeps it;
@@ -84,6 +76,8 @@ def load_rows(
         splits: the source's names for the two, {"train": "train_prefs", "test": "test_prefs"}.
         columns: canonical name -> the dataset's name for it, {"prompt": "instruction"}.
         heldout_fraction: used only where the source has no held-out split.
+        share: the part of the training prompts, in [0, 1), that this step gets: steps with disjoint
+            shares have no prompt in common, whatever their datasets. Held-out rows are not divided.
         max_rows: at most so many rows; for "synthetic", how many to generate.
         seed: of the synthetic generator.
 
@@ -96,81 +90,26 @@ def load_rows(
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     if name == SYNTHETIC:
-        n = SYNTHETIC_ROWS[split] if max_rows is None else max_rows
-        return Dataset.from_list(_GENERATORS[purpose](n, split, seed=seed))
-    sides = _sides(_open(name, subset), splits or {}, name)
-    rows = _rename(sides.get(split, sides["train"]), columns or {}, name)
-    rows = _canonical(rows, purpose, name)
-    if "test" not in sides:
-        rows = _hold_out(rows, split, heldout_fraction, name)
+        rows = _generate(purpose, split, share, max_rows, seed)
+    else:
+        sides = open_sides(name, subset, splits or {})
+        rows = _rename(sides.get(split, sides["train"]), columns or {}, name)
+        rows = _canonical(rows, purpose, name)
+        if "test" not in sides:
+            rows = _hold_out(rows, split, heldout_fraction, name)
+    if split == "train" and share != (0.0, 1.0):
+        rows = _divide(rows, share, name)
     return rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
 
 
-def _open(name: str, subset: str | None) -> DatasetDict:
-    """Open every split of a local or hub dataset."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix not in _READERS:
-            raise ValueError(
-                f"cannot read {name!r}: known file types are {', '.join(_READERS)}, or a folder"
-            )
-        if not path.stat().st_size:
-            raise ValueError(f"{name!r} has no rows: the file is empty")
-        return _load(name, "this file", _READERS[path.suffix], data_files={"train": str(path)})
-    if path.is_dir():
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return _as_splits(load_from_disk(str(path)))
-        return _load(name, "the data files of this folder", str(path))
-    if looks_local(name, suffixes=tuple(_READERS)):
-        raise missing_path(
-            name,
-            "Give a .json, .jsonl, .parquet or .arrow file, a folder, a hub name such as"
-            ' "openai/gsm8k", or "synthetic"',
-        )
-    return _load(name, "the Hugging Face hub and its local cache", name, subset)
-
-
-def _load(name: str, tried: str, *args: Any, **options: Any) -> DatasetDict:
-    """Call datasets.load_dataset and turn its failures into one clear error."""
-    try:
-        return _as_splits(load_dataset(*args, **options))
-    except (DatasetsError, OSError, ValueError) as error:
-        cause = first_line(error.__cause__ or error)
-        advice = (
-            "There is no local file or folder of this name: check the name and the network"
-            if "hub" in tried
-            else "Is it empty, or not in the format that its name says?"
-        )
-        raise ValueError(f"cannot load {name!r}; tried {tried}: {cause}. {advice}") from error
-
-
-def _sides(found: DatasetDict, splits: Mapping[Split, str], name: str) -> dict[str, Dataset]:
-    """Find out which of the source's splits is "train" and which, if any, is "test"."""
-    missing = sorted(set(splits.values()) - set(found))
-    if missing:
-        raise ValueError(
-            f"{name!r} has no split {', '.join(missing)}; it has {', '.join(sorted(found))}"
-        )
-    test = splits.get("test") or next((s for s in _HELDOUT_SPLITS if s in found), None)
-    others = [s for s in found if s not in _HELDOUT_SPLITS] or list(found)
-    train = splits.get("train") or ("train" if "train" in found else others[0])
-    if len(others) > 1 and train != "train" and "train" not in splits:
-        raise ValueError(
-            f"{name!r} has the splits {', '.join(sorted(found))}: say which to take with"
-            ' splits={"train": ..., "test": ...}'
-        )
-    if test is None or test == train:
-        return {"train": found[train]}
-    return {"train": found[train], "test": found[test]}
-
-
-def _as_splits(
-    loaded: Dataset | DatasetDict | IterableDataset | IterableDatasetDict,
-) -> DatasetDict:
-    if isinstance(loaded, Dataset):
-        return DatasetDict({"train": loaded})
-    assert isinstance(loaded, DatasetDict)
-    return loaded
+def _generate(
+    purpose: Purpose, split: Split, share: Share, max_rows: int | None, seed: int
+) -> Dataset:
+    """Synthetic rows, so many that about `max_rows` of them lie in the share."""
+    n = SYNTHETIC_ROWS[split] if max_rows is None else max_rows
+    if split == "train" and max_rows is not None:
+        n = math.ceil(n / max(share[1] - share[0], 1e-3))
+    return Dataset.from_list(_GENERATORS[purpose](n, split, seed=seed))
 
 
 def _rename(rows: Dataset, columns: Mapping[str, str], name: str) -> Dataset:
@@ -205,7 +144,7 @@ def _canonical(rows: Dataset, purpose: Purpose, name: str) -> Dataset:
         )
     features = Features({column: rows.features[column] for column in extra})
     for column, cell in first.items():
-        features[column] = Value("string") if isinstance(cell, str) else _DIALOGUE
+        features[column] = _TYPES[type(cell)]
     dropped: Counter[str] = Counter()
 
     def convert_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -219,22 +158,17 @@ def _canonical(rows: Dataset, purpose: Purpose, name: str) -> Dataset:
                 converted.append({**row, **canonical})
         return {column: [row[column] for row in converted] for column in features}
 
-    result = rows.map(
-        convert_batch,
-        batched=True,
-        remove_columns=rows.column_names,
-        features=features,
-        load_from_cache_file=False,
-        desc=f"read {purpose}",
-    )
-    if dropped["rows"]:
-        logger.warning(
-            "%s: dropped %d of %d rows with an empty prompt or completion, or two equal ones",
-            name,
-            dropped["rows"],
-            len(rows),
+    def build(folder: Path) -> tuple[Dataset, str]:
+        result = map_rows(rows, convert_batch, features, folder, batch_size=_ROWS_AT_ONCE)
+        if not dropped["rows"]:
+            return result, ""
+        return result, (
+            f"{name}: dropped {dropped['rows']} of {len(rows)} rows with an empty prompt or"
+            " completion, or two equal ones"
         )
-    return result
+
+    parts = {"rows": content_digest(rows), "columns": str(features), "name": name}
+    return cached(f"canonical-{purpose}", parts, build)
 
 
 def _hold_out(rows: Dataset, split: Split, fraction: float, name: str) -> Dataset:
@@ -250,5 +184,16 @@ def _hold_out(rows: Dataset, split: Split, fraction: float, name: str) -> Datase
         raise ValueError(
             f"no row of {name!r} falls into its {split} side: {len(rows)} rows are too few to hold"
             f" out {fraction:.0%}; raise heldout_fraction or give a dataset with a test split"
+        )
+    return rows.select(kept)
+
+
+def _divide(rows: Dataset, share: Share, name: str) -> Dataset:
+    """Keep the rows whose prompt the hash puts into the share."""
+    kept = [i for i, row in enumerate(rows) if is_in_share(prompt_text(row), share)]
+    if not kept:
+        raise ValueError(
+            f"data_split leaves no row of {name!r} to this step: its share is"
+            f" {share[1] - share[0]:.0%} of {len(rows)} rows; give it more, or more data"
         )
     return rows.select(kept)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
+from jinja2 import Environment, TemplateSyntaxError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -96,11 +97,17 @@ def train_tokenizer(
     return tokenizer
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, *, chat_template: str | None = None, eos_token: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a local folder or the hub and prepare it (see `prepare_tokenizer`).
 
+    Args:
+        chat_template: a Jinja template, or a file that holds one, in place of the tokenizer's.
+        eos_token: the token of its vocabulary that ends a response, in place of the tokenizer's.
+
     Raises FileNotFoundError for a path that is not there, and ValueError where there is no
-    tokenizer.
+    tokenizer, or the template or EOS cannot be used.
     """
     hint = "Give a folder written by save_pretrained, or a hub name"
     path = Path(name).expanduser()
@@ -115,8 +122,31 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             f"no tokenizer {str(name)!r}; tried {tried}: {first_line(error)}. {hint} that this"
             " machine can reach or has cached"
         ) from error
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of {str(name)!r}")
+        tokenizer.eos_token = eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(chat_template)
     prepare_tokenizer(tokenizer)
     return tokenizer
+
+
+def read_chat_template(template: str) -> str:
+    """A Jinja template, itself or from the file of that name. Raises ValueError if it is none."""
+    text = template
+    if "{" not in template:
+        path = Path(template).expanduser()
+        if not path.is_file():
+            raise missing_path(template, "Give a Jinja template, or a file that holds one")
+        text = path.read_text()
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"chat_template: line {error.lineno}: {error}") from error
+    if "{" not in text:
+        raise ValueError(f"chat_template: {template!r} holds no Jinja template")
+    return text
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -133,8 +163,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no EOS token, so no response would ever end: set"
-            ' tokenizer.eos_token = "..." to the token that ends a turn, and save it'
+            "the tokenizer has no EOS token, so no response would ever end: set model.eos_token to"
+            " the token of its vocabulary that ends a turn"
         )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE

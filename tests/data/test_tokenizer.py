@@ -116,7 +116,7 @@ def test_prepared_tokenizer_is_left_alone(tokenizer):
 
 
 def test_without_eos_it_is_refused():
-    with pytest.raises(ValueError, match="no EOS token, so no response would ever end: set"):
+    with pytest.raises(ValueError, match=r"no EOS token, so no response .* set model\.eos_token"):
         prepare_tokenizer(tokenizer_with(["a"]))
 
 
@@ -131,3 +131,41 @@ def test_unreachable_hub_is_one_clear_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="no tokenizer 'no/such'; tried the Hugging Face hub"):
         load_tokenizer("no/such")
+
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("given", ["text", "file"])
+def test_another_template(tokenizer, tmp_path, given):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    template = TEMPLATE if given == "text" else str(tmp_path / "chat.jinja")
+    loaded = load_tokenizer(tmp_path, chat_template=template)
+    rendered = loaded.apply_chat_template(DIALOGUE[:2], tokenize=False)
+    assert rendered == f"[system]{DIALOGUE[0]['content']}[user]{DIALOGUE[1]['content']}"
+    loaded.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "message"),
+    [
+        ("{% for m in %}", ValueError, "chat_template: line 1"),
+        ("nowhere.jinja", FileNotFoundError, r"no such file or folder: 'nowhere\.jinja'"),
+    ],
+    ids=["syntax", "missing"],
+)
+def test_a_bad_template_is_refused(tokenizer, tmp_path, template, error, message):
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(error, match=message):
+        load_tokenizer(tmp_path, chat_template=template)
+
+
+def test_another_end(tmp_path):
+    tokenizer_with(["a", "<end>", "<pad>"], pad_token="<pad>").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no EOS token"):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, eos_token="<end>").eos_token_id == 1
+    with pytest.raises(ValueError, match="eos_token 'stop' is not in the vocabulary"):
+        load_tokenizer(tmp_path, eos_token="stop")

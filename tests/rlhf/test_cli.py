@@ -360,3 +360,21 @@ def test_the_seed_decides_a_run(rlhf, finished: Path, tmp_path: Path) -> None:
         assert weights(tmp_path / "out") == weights(finished)
         assert rlhf("sft", "--seed", "1")[0] == 0
     assert weights(tmp_path / "out")["sft"] != weights(finished)["sft"]
+
+
+def test_deepspeed_chats_data_options(rlhf, tmp_path: Path) -> None:
+    """One set of pairs for every step, divided; of two datasets."""
+    names = []
+    for letter in "ab":
+        pairs = [
+            {"prompt": f"\n\nHuman: {letter}{i}\n\nAssistant:", "chosen": " yes", "rejected": " no"}
+            for i in range(60)
+        ]
+        path = tmp_path / f"{letter}.jsonl"
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        names.append(str(path))
+    options = ["--data_path", *names, "--data_split", "2,4,4", "--sft.data.heldout_fraction", "0.2"]
+    code, stderr = rlhf("sft", *options)
+    assert code == 0, stderr
+    assert len((tmp_path / "out" / "sft.jsonl").read_text().splitlines()) == 2  # 16 of some 20 rows
+    assert "three shares" in error_line(rlhf("sft", "--data_path", *names, "--data_split", "2,4"))
