@@ -12,18 +12,25 @@ import copyreg
 import functools
 import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hybrid_engine.config import EngineConfig
 from hybrid_engine.engine import HybridEngine
-from hybrid_engine.generation import SamplingParams
-from hybrid_engine.hf_request import NotServedError, read_request
+from hybrid_engine.hf_output import LazyOutput, Replay, batch_outputs
+from hybrid_engine.hf_request import NotServedError, Request, read_batch_request, read_request
 from hybrid_engine.self_check import SelfCheck, self_check
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,11 +40,34 @@ Model = TypeVar("Model", bound=nn.Module)
 class Acceleration:
     """What `accelerate` did to a model, and what came of it."""
 
+    model: weakref.ref[nn.Module]
     engine: HybridEngine
     check: SelfCheck
     config: EngineConfig | None
     served: int = 0  # calls of `generate` that ran on the engine
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls that ran on HF
+    _autocast: dict[torch.dtype, HybridEngine] = field(default_factory=dict, repr=False)
+
+    def serving(self, device: torch.device) -> HybridEngine:
+        """The engine for this call, which it counts: under autocast, one of autocast's type."""
+        self.served += 1
+        config = self.config or EngineConfig()
+        if config.dtype is not None or not torch.is_autocast_enabled(device.type):
+            return self.engine
+        dtype = torch.get_autocast_dtype(device.type)
+        model = self.model()
+        if dtype == self.engine.dtype or model is None:
+            return self.engine
+        if dtype not in self._autocast:
+            name: Any = str(dtype).removeprefix("torch.")
+            self._autocast[dtype] = HybridEngine(model, replace(config, dtype=name))
+        return self._autocast[dtype]
+
+    def release(self) -> None:
+        """Leave the model's parameters as they were."""
+        for engine in (self.engine, *self._autocast.values()):
+            engine.release()
+        self._autocast.clear()
 
 
 _accelerations: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
@@ -62,7 +92,7 @@ def accelerate(model: Model, config: EngineConfig | None = None) -> Model:
         engine.release()
         _warn(f"{type(target).__name__} is not accelerated, the self-check failed: {check}")
         return model
-    _accelerations[target] = Acceleration(engine, check, config)
+    _accelerations[target] = Acceleration(weakref.ref(target), engine, check, config)
     cls: Any = type(target)
     target.__class__ = _accelerated_class(cls)
     return model
@@ -73,7 +103,7 @@ def restore(model: Model) -> Model:
     target = unwrap(model)
     state = _accelerations.pop(target, None)
     if state is not None:
-        state.engine.release()
+        state.release()
         target.__class__ = _plain_class(type(target))
     return model
 
@@ -110,7 +140,7 @@ class _AcceleratedGeneration:
     ) -> GenerateDecoderOnlyOutput | Tensor:
         state = _accelerations[self]  # type: ignore[index]
         try:
-            prompts, params, pad_token_id = read_request(
+            request = read_request(
                 self, input_ids, logits_processor, stopping_criteria, generation_config,
                 streamer, model_kwargs,
             )  # fmt: skip
@@ -120,16 +150,51 @@ class _AcceleratedGeneration:
                 input_ids, logits_processor, stopping_criteria, generation_config,
                 synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
             )  # fmt: skip
-        state.served += 1
-        sequences = _generate(state.engine, input_ids, prompts, params, pad_token_id)
-        if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
-        return sequences
+        sequences = _generate(state.serving(input_ids.device), input_ids, request)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        replay = Replay(
+            self, sequences, model_kwargs.get("attention_mask"), logits_processor,  # type: ignore[arg-type]
+            input_ids.shape[1],
+        )  # fmt: skip
+        wanted = {"scores": generation_config.output_scores,
+                  "logits": generation_config.output_logits}  # fmt: skip
+        compute = {name: getattr(replay, name) for name, asked in wanted.items() if asked}
+        return LazyOutput(sequences, **compute)
 
+    @torch.no_grad()
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        record_timestamps: bool = False,
+        **options: Any,
+    ) -> dict[str, GenerationOutput]:
+        state = _accelerations[self]  # type: ignore[index]
+        config = generation_config or self.generation_config  # type: ignore[attr-defined]
+        try:
+            if record_timestamps:
+                raise NotServedError("record_timestamps=True")
+            request = read_batch_request(self, inputs, config, options.get("max_new_tokens"))
+        except NotServedError as error:
+            _count_fallback(state, str(error))
+            return super().generate_batch(  # type: ignore[misc]
+                inputs, generation_config, continuous_batching_config, record_timestamps, **options
+            )
+        engine = state.serving(self.device)  # type: ignore[attr-defined]
+        rollout = engine.generate(request.prompts, request.params)
+        wants = (
+            continuous_batching_config is not None and continuous_batching_config.return_logprobs
+        )
+        return batch_outputs(request.prompts, rollout, request.params, return_logprobs=wants)
+
+    @functools.wraps(GenerationMixin._beam_search)  # HF looks at the signature
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         _count_fallback(_accelerations[self], "beam search")  # type: ignore[index]
         return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
 
+    @functools.wraps(GenerationMixin._assisted_decoding)  # HF looks at the signature
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         _count_fallback(_accelerations[self], "assisted decoding")  # type: ignore[index]
         return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
@@ -153,18 +218,12 @@ class _AcceleratedGeneration:
         return (*constructor, *state[2:])
 
 
-def _generate(
-    engine: HybridEngine,
-    input_ids: Tensor,
-    prompts: list[list[int]],
-    params: SamplingParams,
-    pad_token_id: int,
-) -> Tensor:
+def _generate(engine: HybridEngine, input_ids: Tensor, request: Request) -> Tensor:
     """Left-padded prompts and right-padded responses, (B, P + T)."""
-    rollout = engine.generate(prompts, params)
+    rollout = engine.generate(request.prompts, request.params)
     steps = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device)
     inside = steps < rollout.lengths.unsqueeze(1)
-    responses = torch.where(inside, rollout.tokens, pad_token_id)
+    responses = torch.where(inside, rollout.tokens, request.pad_token_id)
     return torch.cat((input_ids, responses.to(input_ids.device)), dim=1)
 
 

@@ -77,7 +77,10 @@ class HybridEngine:
         positions.
         """
         params = params or SamplingParams()
-        with contextlib.nullcontext() if self._in_rollout else self.rollout():
+        with (
+            contextlib.nullcontext() if self._in_rollout else self.rollout(),
+            torch.autocast(self._decoder.device.type, enabled=False),  # the weights' type decides
+        ):
             loop = self._start([p for p in prompts for _ in range(params.n)], params)
             while not loop.done:
                 loop.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ class NotServedError(Exception):
 
 # What each of HF's processors means in SamplingParams.
 _PROCESSORS: dict[type, Callable[[Any, int], dict[str, Any]]] = {
+    # These change no token: the first renormalises what the engine normalises anyway, the second
+    # replaces what it refuses.
+    logits_process.LogitNormalization: lambda p, _: {},
+    logits_process.InfNanRemoveLogitsProcessor: lambda p, _: {},
     logits_process.TemperatureLogitsWarper: lambda p, _: {"temperature": float(p.temperature)},
     logits_process.TopKLogitsWarper: lambda p, _: {"top_k": int(p.top_k)},
     logits_process.TopPLogitsWarper: lambda p, _: {"top_p": float(p.top_p)},
@@ -34,8 +39,19 @@ _PROCESSORS: dict[type, Callable[[Any, int], dict[str, Any]]] = {
         "min_new_tokens": p.min_new_tokens
     },
 }
-_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_HARMLESS = {"attention_mask", "use_cache", "past_key_values", "position_ids", "logits_to_keep"}
+_OUTPUTS = ("output_attentions", "output_hidden_states")
+_HARMLESS = {
+    "attention_mask", "use_cache", "past_key_values", "position_ids", "logits_to_keep", "tokenizer",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the engine is asked for."""
+
+    prompts: list[list[int]]  # without their padding
+    params: SamplingParams
+    pad_token_id: int
 
 
 def read_request(
@@ -46,36 +62,83 @@ def read_request(
     config: GenerationConfig,
     streamer: Any,
     model_kwargs: dict[str, Any],
-) -> tuple[list[list[int]], SamplingParams, int]:
-    """Prompts without their padding, sampling parameters, pad token. Raises NotServedError."""
+) -> Request:
+    """A call of HF's decoding loop. Raises NotServedError."""
     _check_model(model)
     _check_outputs(config, streamer, model_kwargs)
+    mask = model_kwargs.get("attention_mask")
+    prompts = _prompts(input_ids, mask)
+    _check_positions(model_kwargs.get("position_ids"), mask, input_ids)
     width = input_ids.shape[1]
-    options = _stopping_options(criteria, width)
-    options |= {"temperature": 1.0 if config.do_sample else 0.0}
+    options = _stopping_options(criteria, width, head_rows(model))
+    options |= _sampling_options(processors, config, width)
+    options["min_new_tokens"] = min(options.get("min_new_tokens", 0), options["max_new_tokens"])
+    return Request(prompts, SamplingParams(**options), _pad_token_id(config))
+
+
+def read_batch_request(
+    model: Any, prompts: list[list[int]], config: GenerationConfig, max_new_tokens: int | None
+) -> Request:
+    """A call of HF's `generate_batch`. Raises NotServedError."""
+    _check_model(model)
+    if config.stop_strings is not None:
+        raise NotServedError("stop strings in generate_batch, which is given no tokenizer")
+    eos = config.eos_token_id
+    eos = getattr(model.config, "eos_token_id", None) if eos is None else eos
+    stops = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    longest = max_new_tokens or config.max_new_tokens
+    if longest is None:
+        raise NotServedError("generate_batch without max_new_tokens")
+    options = _sampling_options(model._get_logits_processor(config), config, 0)
+    options["min_new_tokens"] = min(options.get("min_new_tokens", 0), longest)
+    params = SamplingParams(
+        max_new_tokens=longest,
+        stop_token_ids=tuple(
+            token for token in stops if 0 <= token < head_rows(model)
+        ),  # none is -1 in HF
+        n=config.num_return_sequences or 1,
+        **options,
+    )
+    return Request([list(prompt) for prompt in prompts], params, 0)
+
+
+def head_rows(model: Any) -> int:
+    """Tokens that the model can say."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def _sampling_options(
+    processors: LogitsProcessorList, config: GenerationConfig, width: int
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
     for processor in processors:
         translate = _PROCESSORS.get(type(processor))
         if translate is None:
             raise NotServedError(f"the logits processor {type(processor).__name__}")
         options |= translate(processor, width)
-    options["min_new_tokens"] = min(options.get("min_new_tokens", 0), options["max_new_tokens"])
     if config.do_sample:  # so that torch.manual_seed decides, as it does in HF's loop
         options["seed"] = int(torch.randint(2**31 - 1, ()))
-    pad = config._pad_token_tensor
-    pad_token_id = 0 if pad is None else int(pad)
-    prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
-    return prompts, SamplingParams(**options), pad_token_id
+    return options
+
+
+def _pad_token_id(config: GenerationConfig) -> int:
+    pad: Tensor | None = config._pad_token_tensor
+    return 0 if pad is None else int(pad)
 
 
 def _check_model(model: nn.Module) -> None:
-    if model.training and any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-    ):
+    if model.training and any(map(_drops, model.modules())):
         raise NotServedError("dropout is active in train mode; call model.eval()")
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        raise NotServedError("autocast; load the weights in the type to generate in")
     if any(getattr(parameter, "ds_status", None) is not None for parameter in model.parameters()):
         raise NotServedError("the parameters are partitioned by ZeRO-3")
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module's dropout is active. Many HF modules have a rate and no Dropout module."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    rates = (rate for name, rate in vars(module).items() if "dropout" in name)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _check_outputs(config: GenerationConfig, streamer: Any, model_kwargs: dict[str, Any]) -> None:
@@ -93,13 +156,28 @@ def _check_outputs(config: GenerationConfig, streamer: Any, model_kwargs: dict[s
             raise NotServedError(f"the model argument {name}")
 
 
-def _stopping_options(criteria: StoppingCriteriaList, width: int) -> dict[str, Any]:
+def _check_positions(
+    positions: Tensor | None, mask: Tensor | None, input_ids: Tensor
+) -> None:  # fmt: skip
+    """HF counts positions from the first token that is no padding; so does the engine."""
+    if positions is None:
+        return
+    ones = torch.ones_like(input_ids) if mask is None else mask.long()
+    expected = (ones.cumsum(1) - 1).clamp(min=0)
+    if not bool(((positions == expected) | (ones == 0)).all()):
+        raise NotServedError("position_ids of its own")
+
+
+def _stopping_options(criteria: StoppingCriteriaList, width: int, vocab: int) -> dict[str, Any]:
     options: dict[str, Any] = {"stop_token_ids": ()}
     for criterion in criteria:
         if type(criterion) is stopping.MaxLengthCriteria:
             options["max_new_tokens"] = criterion.max_length - width
         elif type(criterion) is stopping.EosTokenCriteria:
-            options["stop_token_ids"] = tuple(criterion.eos_token_id.flatten().tolist())
+            ids = criterion.eos_token_id.flatten().tolist()
+            options["stop_token_ids"] = tuple(token for token in ids if 0 <= token < vocab)
+        elif type(criterion) is stopping.StopStringCriteria:
+            options["stop_strings"] = criterion
         else:
             raise NotServedError(f"the stopping criterion {type(criterion).__name__}")
     if options.get("max_new_tokens", 0) < 1:

@@ -28,7 +28,7 @@ class SelfCheck:
     """The verdict on a short ragged batch of random tokens."""
 
     max_logit_error: float  # largest difference of logits, over the largest logit
-    bound: float  # what it may be: sqrt(eps) of the weights' type
+    bound: float  # what it may be: sqrt(eps) of the engine's type
     tokens_compared: int  # greedy tokens
     tokens_agreed: int  # whose logit in the model's own forward is the largest, within the bound
     first_wrong_layer: int | None  # where the residual leaves the bound
@@ -59,14 +59,14 @@ def self_check(model: nn.Module, engine: HybridEngine) -> SelfCheck:
 
 def _compare(model: Any, engine: HybridEngine) -> SelfCheck:
     vocab = model.get_input_embeddings().weight.shape[0]
-    device, dtype = model.get_input_embeddings().weight.device, model.dtype
+    device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(0)
     prompts = [
         torch.randint(vocab, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS
     ]
     params = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0, stop_token_ids=())
     rollout = engine.generate(prompts, params)
-    bound = math.sqrt(torch.finfo(dtype).eps)
+    bound = math.sqrt(torch.finfo(engine.dtype).eps)
     error, agreed = 0.0, 0
     wrong_layers = []
     for i, prompt in enumerate(prompts):

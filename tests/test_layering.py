@@ -21,7 +21,7 @@ FLOORS = [
     ["hybrid_engine.generation"],
     ["hybrid_engine.config"],
     ["hybrid_engine.engine"],
-    ["hybrid_engine.self_check", "hybrid_engine.hf_request"],
+    ["hybrid_engine.self_check", "hybrid_engine.hf_request", "hybrid_engine.hf_output"],
     ["hybrid_engine.accelerate"],
     ["hybrid_engine"],
     [

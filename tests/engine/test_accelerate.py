@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hybrid_engine as he
 from hybrid_engine.models import FAMILIES
 from hybrid_engine.models import family as families
+from rlhf.data import train_tokenizer
 
 IDS = torch.tensor([[0, 0, 1, 5, 9], [1, 7, 20, 21, 22]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -39,6 +46,13 @@ GREEDY: dict[str, dict[str, Any]] = {
     "min_length": {"eos_token_id": list(range(0, 97, 3)), "min_length": 9},
     "max_length": {"max_new_tokens": None, "max_length": 11},
     "repetition_penalty": {"repetition_penalty": 1.7},
+    "min_p": {"do_sample": True, "min_p": 1.0},
+    "top_p": {"do_sample": True, "top_p": 1e-6, "temperature": 0.7},
+    "renormalize": {"renormalize_logits": True, "remove_invalid_values": True},
+    "eos_out_of_vocabulary": {"eos_token_id": 50_000},
+    "pad_is_eos": {"eos_token_id": list(range(0, 97, 7)), "pad_token_id": 7},
+    "static_cache": {"cache_implementation": "static"},
+    "position_ids": {"position_ids": torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])},
     "num_return_sequences": {"do_sample": True, "top_k": 1, "num_return_sequences": 3},
 }
 
@@ -88,6 +102,124 @@ def test_return_dict(model: Any) -> None:
     assert torch.equal(output.sequences, model.generate(IDS, do_sample=False, **OPTIONS))
 
 
+SCORED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_hf(build, family: str) -> None:
+    model = build(family)
+    options = {**SCORED, **OPTIONS, "repetition_penalty": 1.3, "min_new_tokens": 6,
+               "eos_token_id": list(range(0, 97, 5)), "do_sample": False}  # fmt: skip
+    theirs = model.generate(IDS, **options)
+    he.accelerate(model)
+    mine = model.generate(IDS, **options)
+    assert served(model) == 1
+    assert torch.equal(mine.sequences, theirs.sequences)
+    assert len(mine.scores) == len(theirs.scores) == mine.sequences.shape[1] - 5
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-4)
+    assert list(mine.keys()) == ["sequences", "scores", "logits"]
+    transition = model.compute_transition_scores(mine.sequences, mine.scores)
+    expected = model.compute_transition_scores(theirs.sequences, theirs.scores)
+    torch.testing.assert_close(transition, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_cost_nothing_until_they_are_read(model: Any, monkeypatch) -> None:
+    he.accelerate(model)
+    forwards: list[int] = []
+    model.model.register_forward_hook(lambda *_: forwards.append(1))
+    output = model.generate(IDS, do_sample=False, **SCORED, **OPTIONS)
+    assert torch.equal(output.sequences, model.generate(IDS, do_sample=False, **OPTIONS))
+    assert not forwards
+    assert output.scores is output.scores
+    assert len(forwards) == 1
+    assert len(output.to_tuple()) == 3
+
+
+@pytest.mark.parametrize("view", ["keys", "values", "items", "to_tuple", "__iter__", "[1]"])
+def test_no_view_of_the_output_misses_the_scores(model: Any, view: str) -> None:
+    he.accelerate(model)
+    output = model.generate(
+        IDS, do_sample=False, return_dict_in_generate=True, output_scores=True, **OPTIONS
+    )
+    if view == "[1]":
+        assert len(output[1]) == 12
+    else:
+        assert len(list(getattr(output, view)())) == 2
+
+
+def test_scores_of_other_weights_are_refused(model: Any) -> None:
+    he.accelerate(model)
+    output = model.generate(IDS, do_sample=False, **SCORED, **OPTIONS)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="weights have changed since this generation"):
+        _ = output.scores
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(["the cat sat on the mat", "a list of words"] * 4, vocab_size=290)
+
+
+def test_stop_strings_are_those_of_hf(build, tokenizer: Any) -> None:
+    model = build("llama", vocab_size=len(tokenizer))
+    for token in range(len(tokenizer)):
+        if len(tokenizer.decode([token])) == 1 or token < 10:  # a byte, a special token
+            model.lm_head.weight.data[token] = 0.0
+    options = {"do_sample": False, **OPTIONS, "max_new_tokens": 24}
+    free = model.generate(IDS, **options)
+    stops = [tokenizer.decode(free[i, 10:11]) for i in range(2)]
+    options |= {"stop_strings": stops, "tokenizer": tokenizer}
+    expected = model.generate(IDS, **options)
+    assert expected.shape[1] < free.shape[1]
+    he.accelerate(model)
+    assert torch.equal(model.generate(IDS, **options), expected)
+    assert served(model) == 1
+
+
+BATCH = [[1, 5, 9], [1, 7, 20, 21, 22], [1]]
+
+
+@pytest.mark.parametrize("eos", [None, list(range(0, 97, 7))], ids=["free", "eos"])
+def test_generate_batch(model: Any, eos: list[int] | None) -> None:
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    expected = []
+    for prompt in BATCH:
+        ids = torch.tensor([prompt])
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        expected.append(output[0, len(prompt) :].tolist())
+    he.accelerate(model)
+    outputs = model.generate_batch(BATCH, generation_config=config, progress_bar=False)
+    assert list(outputs) == ["req_0", "req_1", "req_2"]
+    assert [output.generated_tokens for output in outputs.values()] == expected
+    assert [output.prompt_ids for output in outputs.values()] == BATCH
+    assert all(output.is_finished() and output.logprobs == [] for output in outputs.values())
+    assert served(model) == 1
+
+
+def test_generate_batch_samples_with_logprobs(model: Any) -> None:
+    config = GenerationConfig(max_new_tokens=6, do_sample=True, num_return_sequences=3, top_k=5)
+    he.accelerate(model)
+    torch.manual_seed(0)
+    outputs = model.generate_batch(
+        BATCH, generation_config=config,
+        continuous_batching_config=ContinuousBatchingConfig(return_logprobs=True),
+    )  # fmt: skip
+    assert len(outputs) == 9
+    assert len({tuple(output.generated_tokens) for output in outputs.values()}) == 9
+    for output in outputs.values():
+        with torch.no_grad():
+            logits = model(torch.tensor([output.prompt_ids + output.generated_tokens])).logits[0]
+        kept = logits[len(output.prompt_ids) - 1 : -1].topk(5).values.logsumexp(-1)
+        chosen = logits[len(output.prompt_ids) - 1 : -1].gather(
+            1, torch.tensor(output.generated_tokens)[:, None]
+        )
+        torch.testing.assert_close(
+            torch.tensor(output.logprobs), chosen[:, 0] - kept, rtol=1e-3, atol=1e-3
+        )
+
+
 class Unknown:
     """A logits processor that the engine cannot know."""
 
@@ -97,7 +229,13 @@ class Unknown:
 
 FALLBACKS: dict[str, tuple[dict[str, Any], str]] = {
     "beams": ({"num_beams": 2}, "beam search"),
-    "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores"),
+    "sampled_beams": ({"num_beams": 2, "do_sample": True, "top_k": 1}, "beam search"),
+    "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
+    "hidden_states": (
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+        "output_hidden_states",
+    ),
+    "no_repeat_ngram": ({"no_repeat_ngram_size": 2}, "logits processor NoRepeatNGram"),
     "processor": ({"logits_processor": [Unknown()]}, "logits processor Unknown"),
     "max_time": ({"max_time": 100.0}, "stopping criterion MaxTimeCriteria"),
 }
@@ -106,13 +244,14 @@ FALLBACKS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_what_is_not_served_goes_to_hf_and_says_so_once(model: Any, name: str) -> None:
     options, reason = FALLBACKS[name]
-    expected = model.generate(IDS, do_sample=False, **OPTIONS, **options)
+    options = {"attention_mask": MASK[1:], "max_new_tokens": 12, "do_sample": False, **options}
+    expected = model.generate(IDS[1:], **options)
     he.accelerate(model)
     with pytest.warns(RuntimeWarning, match=reason):
-        output = model.generate(IDS, do_sample=False, **OPTIONS, **options)
+        output = model.generate(IDS[1:], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        model.generate(IDS, do_sample=False, **OPTIONS, **options)
+        model.generate(IDS[1:], **options)
     tokens = output if isinstance(output, torch.Tensor) else output.sequences
     reference = expected if isinstance(expected, torch.Tensor) else expected.sequences
     assert torch.equal(tokens, reference)
@@ -120,6 +259,15 @@ def test_what_is_not_served_goes_to_hf_and_says_so_once(model: Any, name: str) -
     assert state is not None
     assert state.served == 0
     assert list(state.fallbacks.values()) == [2]
+
+
+def test_assistant_model_goes_to_hf(model: Any, build) -> None:
+    options = {"do_sample": False, "attention_mask": MASK[1:], "max_new_tokens": 12}
+    expected = model.generate(IDS[1:], **options)
+    he.accelerate(model)
+    with pytest.warns(RuntimeWarning, match="assisted decoding"):
+        found = model.generate(IDS[1:], assistant_model=build("llama"), **options)
+    assert torch.equal(found, expected)
 
 
 def test_active_dropout_goes_to_hf(build) -> None:
@@ -131,13 +279,58 @@ def test_active_dropout_goes_to_hf(build) -> None:
     assert served(model) == 1
 
 
-def test_autocast_goes_to_hf(model: Any) -> None:
-    he.accelerate(model)
-    with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.warns(RuntimeWarning, match="autocast"),
-    ):
+@pytest.mark.parametrize("family", ["opt", "gpt_neox", "bloom", "llama"])
+def test_dropout_without_a_dropout_module_goes_to_hf(build, family: str) -> None:
+    """OPT and others keep a rate and call functional dropout."""
+    rates = {"llama": "attention_dropout", "opt": "dropout", "bloom": "hidden_dropout"}
+    model = he.accelerate(build(family, **{rates.get(family, "hidden_dropout"): 0.1})).train()
+    with pytest.warns(RuntimeWarning, match="dropout is active"):
         model.generate(IDS, do_sample=False, **OPTIONS)
+
+
+def test_own_position_ids_go_to_hf(model: Any) -> None:
+    positions = torch.tensor([[0, 0, 5, 6, 7], [2, 3, 4, 5, 6]])
+    expected = model.generate(IDS, position_ids=positions, do_sample=False, **OPTIONS)
+    he.accelerate(model)
+    with pytest.warns(RuntimeWarning, match="position_ids of its own"):
+        found = model.generate(IDS, position_ids=positions, do_sample=False, **OPTIONS)
+    assert torch.equal(found, expected)
+
+
+def test_encoder_decoder_stays_with_hf() -> None:
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(config)
+    with pytest.warns(RuntimeWarning, match="T5.* is not accelerated.*'t5'"):
+        he.accelerate(model)
+    assert he.acceleration(model) is None
+
+
+def test_autocast_generates_in_its_type(model: Any) -> None:
+    """The weights stay in fp32; the engine's are a copy in bf16, as autocast's own are."""
+    he.accelerate(model)
+    plain = model.generate(IDS, do_sample=False, **OPTIONS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.generate(IDS, do_sample=False, **OPTIONS)
+        output = model.generate(
+            IDS, do_sample=False, return_dict_in_generate=True, output_logits=True, **OPTIONS
+        )
+        scores = model(found[:, :-1], attention_mask=(found > 0)[:, :-1].long()).logits
+    engine = he.HybridEngine(he.restore(model), he.EngineConfig(dtype="bfloat16"))
+    prompts = [[1, 5, 9], IDS[1].tolist()]
+    expected = engine.generate(prompts, he.SamplingParams(max_new_tokens=12, temperature=0.0))
+    assert torch.equal(found[:, 5:], expected.tokens)
+    assert not torch.equal(found, plain)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    first = scores[1, 4].float()  # the same logits as under autocast, not those in fp32
+    assert torch.equal(output.logits[0][1], first)
+
+
+def test_engine_ignores_an_autocast_of_another_type(build) -> None:
+    engine = he.HybridEngine(build("llama"))
+    params = he.SamplingParams(max_new_tokens=12, temperature=0.0)
+    expected = engine.generate([[1, 5, 9]], params)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(engine.generate([[1, 5, 9]], params).logprobs, expected.logprobs)
 
 
 def test_deepcopy_generates_with_its_own_weights(model: Any) -> None:
