@@ -83,8 +83,10 @@ class Pipeline:
             trainer = SFTTrainer(model, tokenizer, config, seed=self.config.seed)
             with Tracker(self.folder, "sft") as tracker:
                 rows = data.encoded("train", tokenizer)
-                trainer.train(rows, tracker=tracker, console=self._console)
-                self.report.sft = trainer.evaluate(data.encoded("test", tokenizer))
+                heldout = data.encoded("test", tokenizer)
+                self.report.sft = trainer.train(
+                    rows, tracker=tracker, console=self._console, heldout=heldout
+                )
                 self.report.histories["sft"] = tracker.history
             save_model(model, tokenizer, self.folder / "sft", base=self.config.model.path)
 
@@ -101,8 +103,10 @@ class Pipeline:
             trainer = RewardTrainer(model, tokenizer, config, seed=self.config.seed)
             with Tracker(self.folder, "reward") as tracker:
                 rows = data.encoded("train", tokenizer)
-                trainer.train(rows, tracker=tracker, console=self._console)
-                self.report.reward = trainer.evaluate(data.encoded("test", tokenizer))
+                heldout = data.encoded("test", tokenizer)
+                self.report.reward = trainer.train(
+                    rows, tracker=tracker, console=self._console, heldout=heldout
+                )
                 self.report.histories["reward"] = tracker.history
             demonstrations = self._data(self.config.sft.data, "demonstrations")
             sample = demonstrations.encoded("train", tokenizer)[:NORMALISATION_ROWS]

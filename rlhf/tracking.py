@@ -30,6 +30,7 @@ class Tracker:
     def __init__(self, folder: Path, name: str) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        self.folder, self.name = folder, name
         board = folder / "tensorboard" / name
         board.mkdir(parents=True, exist_ok=True)
         self.history: list[dict[str, float]] = []
