@@ -7,7 +7,7 @@ whoever starts them; nothing here starts anything.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -50,6 +50,31 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def decided_by_first(function: Callable[[], T]) -> T:
+    """What the function returns on the first rank, which alone calls it; or raises, on all."""
+    if world_size() == 1:
+        return function()
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if is_first():
+        try:
+            outcome = (function(), None)
+        except Exception as error:
+            outcome = (None, error)
+    value, raised = broadcast(outcome)
+    if raised is not None:
+        raise raised
+    return value  # type: ignore[return-value]
+
+
+def all_of(items: Sequence[T]) -> list[T]:
+    """The ranks' items after one another, on every rank. They are pickled."""
+    if world_size() == 1:
+        return list(items)
+    parts: list[Sequence[T]] = [[]] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def total(*values: float) -> list[float]:
     """Each value summed over the ranks, in fp64."""
     if world_size() == 1:
@@ -59,6 +84,12 @@ def total(*values: float) -> list[float]:
     return sums.tolist()
 
 
+def mean(part: float, count: int) -> float:
+    """Of numbers of which this rank has `count` that add up to `part`; 0 of none."""
+    whole, of_all = total(part, count)
+    return whole / max(1.0, of_all)
+
+
 def largest(value: float) -> float:
     """The greatest of the ranks' values."""
     if world_size() == 1:
@@ -66,6 +97,17 @@ def largest(value: float) -> float:
     found = torch.tensor(value, dtype=torch.float64, device=_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return float(found)
+
+
+def even_parts(count: int, size: int) -> Iterator[tuple[range, float]]:
+    """This rank's places among `count`, in parts of at most `size`, and what each part weighs.
+
+    Every rank gets as many parts, since ranks that share a model compute together. One that has no
+    place left repeats the first one with weight 0.
+    """
+    ours = range(rank(), count, world_size())
+    for start in range(0, -(-count // world_size()), size):
+        yield ours[start : start + size] or range(1), 1.0 if start < len(ours) else 0.0
 
 
 def gather_rows(
@@ -82,7 +124,7 @@ def gather_rows(
     if world_size() == 1:
         return dict(columns)
     device = next(iter(columns.values())).device
-    shapes = _gather(torch.tensor([list(_rows_and_width(c)) for c in columns.values()]).to(device))
+    shapes = gather(torch.tensor([list(_rows_and_width(c)) for c in columns.values()]).to(device))
     gathered = {}
     for i, (name, column) in enumerate(columns.items()):
         rows, width = (int(n) for n in shapes[:, i].amax(0))
@@ -90,7 +132,7 @@ def gather_rows(
         column = nn.functional.pad(column, (*missing, 0, rows - column.shape[0]))
         if column.dim() == 2 and padding and name in padding:
             column[:, shapes[rank(), i, 1] :] = padding[name]
-        parts = _gather(column)
+        parts = gather(column)
         gathered[name] = torch.cat(
             [part[: int(n)] for part, n in zip(parts, shapes[:, i, 0], strict=True)]
         )
@@ -107,8 +149,10 @@ def first_rank_first() -> Iterator[None]:
         barrier()
 
 
-def _gather(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """(...) of one shape on all ranks -> (ranks, ...)."""
+    if world_size() == 1:
+        return tensor.unsqueeze(0)
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor)

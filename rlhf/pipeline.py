@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import distributed
+from rlhf.checkpoint import Checkpoints
 from rlhf.config import STEPS, DataConfig, RunConfig
 from rlhf.data import (
     DataBlend,
     Purpose,
     RowBatches,
+    Split,
     load_tokenizer,
     read_chat_template,
     shares_of,
@@ -24,6 +28,7 @@ from rlhf.data import (
     train_tokenizer,
 )
 from rlhf.data.formats import last_content
+from rlhf.engines import Engine, Engines
 from rlhf.evaluation import (
     RunReport,
     compare_with_hf_generate,
@@ -38,10 +43,10 @@ from rlhf.models import (
     load_scorer,
     parameter_count,
     save_model,
-    whole_model,
 )
+from rlhf.progress import Progress
 from rlhf.rewards import Reward, load_function
-from rlhf.tracking import ProgressBar, Stopwatch, Tracker
+from rlhf.tracking import ProgressBar, Stopwatch, Tracker, read_history
 from rlhf.trainers import PPOTrainer, RewardTrainer, RLHFEngine, SFTTrainer
 
 NORMALISATION_ROWS = 512  # demonstrations on which the reward model is set to mean 0, std 1
@@ -50,11 +55,15 @@ NORMALISATION_ROWS = 512  # demonstrations on which the reward model is set to m
 class Pipeline:
     """One run: each step reads what it needs from disk and leaves its model in `output_dir`."""
 
-    def __init__(self, config: RunConfig, console: Console | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, console: Console | None = None, *, resume: bool = False
+    ) -> None:
         self.config = config
+        self._engines = Engines(config.training, zero_stage=config.zero_stage)
         self.folder = Path(config.output_dir)
+        self._progress = Progress(self.folder, config.checkpoint, resume=resume)
         self.report = RunReport()
-        self._console = console or Console()
+        self._console = console or Console(quiet=not distributed.is_first())
         self._watch = Stopwatch()
         metric = config.evaluation.metric
         self._metric = load_function(metric, option="evaluation.metric") if metric else None
@@ -62,15 +71,20 @@ class Pipeline:
 
     def run(self) -> RunReport:
         """All three steps, then the report."""
-        self.sft()
-        self.reward()
+        for name, step in (("sft", self.sft), ("reward", self.reward)):
+            if not self._restore(name):
+                step()
         self.ppo()
         return self.finish()
 
     def finish(self, name: str = "report") -> RunReport:
         """Write and print the report on the steps that were run."""
-        self.report.seconds = self._watch.seconds
-        write_report(self.report, self.folder, self._console, name=name)
+        self.report.seconds |= self._watch.seconds
+        distributed.decided_by_first(
+            lambda: write_report(self.report, self.folder, self._console, name=name)
+        )
+        if self.report.after is not None:  # now PPO too has nothing left to resume
+            self._end("ppo")
         return self.report
 
     def sft(self) -> None:
@@ -80,15 +94,19 @@ class Pipeline:
             data = self._data(config.data, "demonstrations")
             model, tokenizer = self._first_model(data)
             self.report.parameters = parameter_count(model)
-            trainer = SFTTrainer(model, tokenizer, config, seed=self.config.seed)
-            with Tracker(self.folder, "sft") as tracker:
-                rows = data.encoded("train", tokenizer)
-                heldout = data.encoded("test", tokenizer)
-                self.report.sft = trainer.train(
-                    rows, tracker=tracker, console=self._console, heldout=heldout
-                )
+            self._seed_ranks()
+            trainer = SFTTrainer(
+                model, tokenizer, config, seed=self.config.seed, engines=self._engines
+            )
+            with Tracker(self.folder, "sft", resume=self._progress.resume) as tracker:
+                trainer.train(
+                    _encoded(data, "train", tokenizer), tracker=tracker, console=self._console,
+                    checkpoints=self._progress.checkpoints("sft"),
+                )  # fmt: skip
+                self.report.sft = trainer.evaluate(_encoded(data, "test", tokenizer))
                 self.report.histories["sft"] = tracker.history
-            save_model(model, tokenizer, self.folder / "sft", base=self.config.model.path)
+            self._save(trainer.engine, tokenizer, "sft", base=self.config.model.path)
+        self._end("sft", sft=self.report.sft)
 
     def reward(self) -> None:
         config = self.config.reward
@@ -99,19 +117,23 @@ class Pipeline:
             model = load_scorer(path, tokenizer, dtype=self._dtype)
             add_adapters(model, self.config.model.lora)
             self.report.parameters = parameter_count(model)
+            self._seed_ranks()
             data = self._data(config.data, "preferences")
-            trainer = RewardTrainer(model, tokenizer, config, seed=self.config.seed)
-            with Tracker(self.folder, "reward") as tracker:
-                rows = data.encoded("train", tokenizer)
-                heldout = data.encoded("test", tokenizer)
-                self.report.reward = trainer.train(
-                    rows, tracker=tracker, console=self._console, heldout=heldout
-                )
+            trainer = RewardTrainer(
+                model, tokenizer, config, seed=self.config.seed, engines=self._engines
+            )
+            with Tracker(self.folder, "reward", resume=self._progress.resume) as tracker:
+                trainer.train(
+                    _encoded(data, "train", tokenizer), tracker=tracker, console=self._console,
+                    checkpoints=self._progress.checkpoints("reward"),
+                )  # fmt: skip
+                self.report.reward = trainer.evaluate(_encoded(data, "test", tokenizer))
                 self.report.histories["reward"] = tracker.history
             demonstrations = self._data(self.config.sft.data, "demonstrations")
-            sample = demonstrations.encoded("train", tokenizer)[:NORMALISATION_ROWS]
+            sample = _encoded(demonstrations, "train", tokenizer)[:NORMALISATION_ROWS]
             self.report.reward |= trainer.normalise(sample["input_ids"])
-            save_model(model, tokenizer, self.folder / "reward", base=path)
+            self._save(trainer.engine, tokenizer, "reward", base=path)
+        self._end("reward", reward=self.report.reward)
 
     def ppo(self) -> None:
         config = self.config.ppo
@@ -126,21 +148,22 @@ class Pipeline:
             for trained in (actor, critic):
                 if trained is not None:
                     add_adapters(trained, self.config.model.lora)
-            engine = RLHFEngine(actor, critic, reward, tokenizer)
+            self._seed_ranks()
+            engine = RLHFEngine(actor, critic, reward, tokenizer, engines=self._engines)
             mixture = self._mixture(tokenizer) if config.ptx_coef else None
             trainer = PPOTrainer(engine, config, seed=self.config.seed, mixture=mixture)
-            rows = self._data(config.data, "prompts").encoded("train", tokenizer)
-            self._train_ppo(trainer, rows)
+            rows = _encoded(self._data(config.data, "prompts"), "train", tokenizer)
+            self._train_ppo(trainer, rows, self._progress.checkpoints("ppo"))
             engine.rollout_engine.release()
-            save_model(actor, tokenizer, self.folder / "actor", base=actor_path)
-            if critic is not None:
-                critic_path = self._critic_path(actor_path)
-                save_model(critic, tokenizer, self.folder / "critic", base=critic_path)
+            self._save(trainer.actor, tokenizer, "actor", base=actor_path)
+            if trainer.critic is not None:
+                base = self._critic_path(actor_path)
+                self._save(trainer.critic, tokenizer, "critic", base=base)
             if trainer.average is not None:
-                with trainer.average.applied():
-                    save_model(actor, tokenizer, self.folder / "actor_ema", base=actor_path)
+                averages = trainer.average.weights()
+                self._save(trainer.actor, tokenizer, "actor_ema", base=actor_path, over=averages)
         with self._watch("evaluation"):
-            self._evaluate(actor, engine.reference, reward, tokenizer)
+            self._evaluate(trainer.actor, trainer.reference, reward, tokenizer)
 
     def _reward_path(self) -> str | None:
         """Of the reward model; None where functions alone score."""
@@ -180,16 +203,18 @@ class Pipeline:
 
     def _mixture(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         data = self.config.ppo.ptx_data or self.config.sft.data
-        return self._data(data, "demonstrations").encoded("train", tokenizer)
+        return _encoded(self._data(data, "demonstrations"), "train", tokenizer)
 
-    def _train_ppo(self, trainer: PPOTrainer, rows: Dataset) -> None:
+    def _train_ppo(self, trainer: PPOTrainer, rows: Dataset, checkpoints: Checkpoints) -> None:
         config = self.config.ppo
         batches = RowBatches(len(rows), config.batch_size, whole=True, seed=self.config.seed)
+        done = checkpoints.begin(trainer.saved, {"trainer": trainer, "data": batches})
         with (
-            Tracker(self.folder, "ppo") as tracker,
-            ProgressBar("PPO", config.iterations, self._console) as bar,
+            Tracker(self.folder, "ppo", resume=self._progress.resume) as tracker,
+            ProgressBar("PPO", config.iterations, self._console, done=done) as bar,
         ):
-            for step in range(1, config.iterations + 1):
+            tracker.rewind(done)
+            for step in range(done + 1, config.iterations + 1):
                 columns = rows[next(batches)]
                 experience = trainer.generate_experience(columns.pop("input_ids"), columns)
                 trainer.train_rlhf(experience)
@@ -200,25 +225,25 @@ class Pipeline:
                     score=metrics["objective/scores"],
                     kl=metrics["objective/kl"],
                 )
+                checkpoints.after(step, last=config.iterations)
             self.report.histories["ppo"] = tracker.history
 
     def _evaluate(
         self,
-        actor: nn.Module,
-        sft: nn.Module,
+        actor: Engine,
+        sft: Engine,
         reward: Reward,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         ppo, evaluation = self.config.ppo, self.config.evaluation
-        rows = self._data(ppo.data, "prompts").encoded("test", tokenizer)
+        rows = _encoded(self._data(ppo.data, "prompts"), "test", tokenizer)
         rows = rows.select(range(min(evaluation.prompts, len(rows))))
         options: dict[str, Any] = {"max_new_tokens": ppo.max_new_tokens, "metric": self._metric}
-        with whole_model(sft) as policy:
-            self.report.before = evaluate_policy(policy, sft, reward, tokenizer, rows, **options)
+        self.report.before = evaluate_policy(sft, sft, reward, tokenizer, rows, **options)
         self.report.after = evaluate_policy(actor, sft, reward, tokenizer, rows, **options)
         answers = zip(
             rows["prompt"], self.report.before.completions, self.report.after.completions,
-            strict=True,
+            strict=False,
         )  # fmt: skip
         self.report.samples = [
             (last_content(prompt).strip(), before.strip(), after.strip())
@@ -226,11 +251,47 @@ class Pipeline:
         ]
         if evaluation.compare_hf_generate:
             prompts = list(rows["input_ids"])[: ppo.batch_size]
-            self.report.throughput = compare_with_hf_generate(
-                actor, tokenizer, prompts, max_new_tokens=ppo.max_new_tokens
-            )
+            with actor.gathered():
+                if distributed.is_first():
+                    self.report.throughput = compare_with_hf_generate(
+                        actor.module, tokenizer, prompts, max_new_tokens=ppo.max_new_tokens
+                    )
+            distributed.barrier()
 
     # ---- what the steps share --------------------------------------------------------------------
+
+    def _save(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        base: str | None,
+        over: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """A model's folder in the output folder; `over` are weights to take in place of its own."""
+        weights = engine.weights()
+        dtypes = {n: weights[n].dtype for n in over or ()}
+        weights |= {n: weight.to(dtypes[n]) for n, weight in (over or {}).items()}
+        path = self.folder / name
+        distributed.decided_by_first(
+            lambda: save_model(engine.module, tokenizer, path, base=base, weights=weights)
+        )
+
+    def _end(self, step: str, **results: Any) -> None:
+        seconds, parameters = self._watch.seconds, self.report.parameters
+        self._progress.end(step, seconds=seconds, parameters=parameters, **results)
+
+    def _restore(self, step: str) -> bool:
+        """Whether the run that is resumed had ended a step; its results are in the report then."""
+        results = self._progress.results(step)
+        if results is None:
+            return False
+        self.report.seconds |= results.pop("seconds")
+        for name, value in results.items():
+            setattr(self.report, name, value)
+        self.report.histories[step] = read_history(self.folder / f"{step}.jsonl")
+        return True
 
     def _first_model(self, data: DataBlend) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         model = self.config.model
@@ -247,7 +308,9 @@ class Pipeline:
         else:
             texts = texts_of(row for part in data.parts("train") for row in part)
             template = model.chat_template and read_chat_template(model.chat_template)
-            tokenizer = train_tokenizer(texts, vocab_size=model.vocab_size, chat_template=template)
+            tokenizer = distributed.decided_by_first(
+                lambda: train_tokenizer(texts, vocab_size=model.vocab_size, chat_template=template)
+            )
         if model.init is not None:
             return build_causal_lm(model.init, tokenizer, dtype=self._dtype), tokenizer
         assert model.path is not None
@@ -272,3 +335,14 @@ class Pipeline:
     def _seed(self) -> None:
         torch.manual_seed(self.config.seed)
         random.seed(self.config.seed)
+
+    def _seed_ranks(self) -> None:
+        """Once the models are the same on all ranks: chance, such as dropout, is to differ."""
+        if distributed.rank():
+            torch.manual_seed(self.config.seed + 1_000_003 * distributed.rank())
+
+
+def _encoded(data: DataBlend, split: Split, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """One rank fills the cache, the others read it."""
+    with distributed.first_rank_first():
+        return data.encoded(split, tokenizer)

@@ -20,24 +20,41 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rlhf import distributed
+from rlhf.files import finished_file
+
 
 class Tracker:
     """The metrics of one step of the pipeline, in `<folder>/<name>.jsonl` and TensorBoard.
 
-    Each step is on disk when `log` returns. Raises OSError where it cannot be written.
+    The first rank writes. Each step is on disk when `log` returns. Raises OSError where that cannot
+    be. With `resume` what an earlier run has written stays, as far as `rewind` lets it.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, *, resume: bool = False) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.folder, self.name = folder, name
+        self.history: list[dict[str, float]] = []
+        if not distributed.is_first():
+            return
         board = folder / "tensorboard" / name
         board.mkdir(parents=True, exist_ok=True)
-        self.history: list[dict[str, float]] = []
         self._path = folder / f"{name}.jsonl"
-        self._lines = self._path.open("w")
+        self.history = read_history(self._path) if resume else []
+        self._lines = self._path.open("a" if resume else "w")
         self._board = RecordWriter((board / f"events.out.tfevents.{time.time_ns()}").open("wb"))
         self._write({}, {"file_version": "brain.Event:2"})
+
+    def rewind(self, step: int) -> None:
+        """Forget what comes after a step: training goes on from there."""
+        if not distributed.is_first():
+            return
+        self.history = [record for record in self.history if record["step"] <= step]
+        self._lines.close()
+        with finished_file(self._path) as unfinished:
+            unfinished.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+        self._lines = self._path.open("a")
+        self._write({}, {"step": step + 1, "session_log": {"status": 1}})  # START: later ones go
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         record = {"step": step, **metrics}
@@ -47,6 +64,8 @@ class Tracker:
 
     def _write(self, record: dict[str, float], event: dict[str, Any]) -> None:
         """By hand, since TensorBoard's own writer is a thread, which fails too late and aloud."""
+        if not distributed.is_first():
+            return
         from tensorboard.compat.proto.event_pb2 import Event
 
         try:
@@ -62,15 +81,24 @@ class Tracker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file in (self._lines, self._board):
+        for file in (self._lines, self._board) if distributed.is_first() else ():
             with contextlib.suppress(OSError):  # of what is left of a write that failed and said so
                 file.close()
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics file; [] where there is none. A torn last line is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 class ProgressBar:
     """A bar with steps, tokens per second, time left, and the metrics worth watching."""
 
-    def __init__(self, title: str, steps: int, console: Console) -> None:
+    def __init__(self, title: str, steps: int, console: Console, *, done: int = 0) -> None:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -81,7 +109,7 @@ class ProgressBar:
             TextColumn("{task.fields[status]}"),
             console=console,
         )
-        self._task = self._progress.add_task(title, total=steps, status="")
+        self._task = self._progress.add_task(title, total=steps, completed=done, status="")
         self._tokens = 0
 
     def advance(self, *, tokens: int, **watched: float) -> None:

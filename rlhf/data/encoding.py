@@ -34,8 +34,6 @@ class Preference(TypedDict):
 
     chosen_ids: list[int]
     rejected_ids: list[int]
-    chosen_mask: list[int]  # 1 where the completion is, its EOS included
-    rejected_mask: list[int]
     margin: float  # by which the scores should differ at least; 0 where the data says nothing
 
 
@@ -61,7 +59,11 @@ def encode_preference(
     chosen, rejected = _encode_pieces(preference_pieces(row, tokenizer), tokenizer)
     if max(len(chosen["input_ids"]), len(rejected["input_ids"])) > max_length:
         return None
-    return _pair(row, chosen, rejected)
+    return {
+        "chosen_ids": chosen["input_ids"],
+        "rejected_ids": rejected["input_ids"],
+        "margin": row.get("margin", 0.0),
+    }
 
 
 def encode_prompt(
@@ -106,7 +108,7 @@ def encode_demonstrations(
 def encode_preferences(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> Dataset:
-    """Encode all rows to the columns of Preference; pairs over the limit are dropped.
+    """Encode all rows to columns {chosen_ids, rejected_ids, margin}; pairs over the limit go.
 
     Raises ValueError if every pair is over the limit.
     """
@@ -114,17 +116,18 @@ def encode_preferences(
 
     def encode(batch: list[Row]) -> list[Row]:
         pieces = [side for row in batch for side in preference_pieces(row, tokenizer)]
-        sides = _encode_pieces(pieces, tokenizer)
-        encoded: list[Row] = []
-        for row, chosen, rejected in zip(batch, sides[::2], sides[1::2], strict=True):
-            longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
+        ids = [full["input_ids"] for full in _encode_pieces(pieces, tokenizer)]
+        encoded = []
+        for row, chosen, rejected in zip(batch, ids[::2], ids[1::2], strict=True):
+            longest = max(len(chosen), len(rejected))
             tally.count(longest, dropped=longest > max_length)
             if longest <= max_length:
-                encoded.append(dict(_pair(row, chosen, rejected)))
+                margin = row.get("margin", 0.0)
+                pair = {"chosen_ids": chosen, "rejected_ids": rejected, "margin": margin}
+                encoded.append(pair)
         return encoded
 
-    ids = ("chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
-    columns = {**dict.fromkeys(ids, _IDS), "margin": Value("float32")}
+    columns = {"chosen_ids": _IDS, "rejected_ids": _IDS, "margin": Value("float32")}
     return _map(rows, encode, tally, tokenizer, columns)
 
 
@@ -191,16 +194,6 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _cut(full: Demonstration, max_length: int) -> Demonstration | None:
     mask = full["loss_mask"][:max_length]
     return {"input_ids": full["input_ids"][:max_length], "loss_mask": mask} if any(mask) else None
-
-
-def _pair(row: Row, chosen: Demonstration, rejected: Demonstration) -> Preference:
-    return {
-        "chosen_ids": chosen["input_ids"],
-        "rejected_ids": rejected["input_ids"],
-        "chosen_mask": chosen["loss_mask"],
-        "rejected_mask": rejected["loss_mask"],
-        "margin": row.get("margin", 0.0),
-    }
 
 
 class _Tally:

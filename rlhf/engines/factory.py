@@ -21,7 +21,7 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-Role = Literal["actor", "critic", "reference", "reward"]
+Role = Literal["actor", "critic", "reference", "reward", "ema"]
 
 
 class Engines:
@@ -59,13 +59,17 @@ class Engines:
                 return FrozenDeepSpeedEngine(module, settings)
         return PlainEngine(module.to(local_device()))
 
+    def offloads(self, role: Role) -> bool:
+        """Whether what belongs to this model, its weights apart, goes to the CPU's memory."""
+        return (self._sharding(role).offload or self._config.offload) != "none"
+
     def _needs_deepspeed(self, role: Role) -> bool:
         config, ours = self._config, self._sharding(role)
         return (
             distributed.world_size() > 1
             or self._zero_stage is not None
             or ours.zero_stage is not None
-            or (ours.offload or config.offload) != "none"
+            or self.offloads(role)
             or config.deepspeed_config is not None
         )
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_engine import HybridEngine, SamplingParams
+from rlhf import distributed
 from rlhf.data import collate_right, decode_completion, to_completion
+from rlhf.engines import Engine
 from rlhf.models import response_logprobs
 from rlhf.rewards import Reward, RewardFunction, call_function
 
@@ -30,8 +32,8 @@ class PolicyEvaluation:
 
 @torch.no_grad()
 def evaluate_policy(
-    actor: nn.Module,
-    reference: nn.Module,
+    policy: Engine,
+    reference: Engine,
     reward: Reward,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
@@ -43,17 +45,22 @@ def evaluate_policy(
 ) -> PolicyEvaluation:
     """Sample one answer to each prompt at temperature 1 and measure it.
 
+    Ranks divide the prompts among them; what does not divide evenly is left out.
+
     Args:
         prompts: rows with input_ids, the canonical prompt, and the metric's columns.
     """
-    for model in (actor, reference):
-        model.eval()
+    for model in (policy, reference):
+        model.module.eval()
     params = SamplingParams(max_new_tokens=max_new_tokens, seed=seed)
-    engine = HybridEngine(actor)
+    even = len(prompts) // distributed.world_size() * distributed.world_size()
+    prompts = prompts.select(distributed.share(range(even)))
     prompt_ids = list(prompts["input_ids"])
     pending = reward.start(list(prompts["prompt"]), _columns(prompts), tokenizer)
-    rollout = engine.generate(prompt_ids, params, on_finish=pending.submit)
-    engine.release()
+    with policy.gathered():
+        engine = HybridEngine(policy.module)
+        rollout = engine.generate(prompt_ids, params, on_finish=pending.submit)
+        engine.release()
     responses = [rollout.response(i) for i in range(len(prompt_ids))]
     sequences = [[*p, *r] for p, r in zip(prompt_ids, responses, strict=True)]
     device = rollout.tokens.device
@@ -76,26 +83,28 @@ def evaluate_policy(
         )
     ]
     completions = [decode_completion(response, tokenizer) for response in responses]
+    quality, measured = _sum_of_metric(metric, prompts, completions)
+    scored = ~scores.isnan()
     return PolicyEvaluation(
-        score=float(scores.nanmean()),
-        quality=_mean_metric(metric, prompts, completions),
-        kl=float(torch.cat(kl).mean()),
-        length=float(rollout.lengths.float().mean()),
-        ended=rollout.finish_reasons.count("stop") / len(responses),
-        completions=completions,
+        score=distributed.mean(float(scores.nansum()), int(scored.sum())),
+        quality=None if metric is None else distributed.mean(quality, measured),
+        kl=distributed.mean(float(torch.cat(kl).sum()), len(responses)),
+        length=distributed.mean(float(rollout.lengths.sum()), len(responses)),
+        ended=distributed.mean(rollout.finish_reasons.count("stop"), len(responses)),
+        completions=distributed.all_of(completions),
     )
 
 
 def _kl(
-    reference: nn.Module,
+    reference: Engine,
     input_ids: Tensor,
     prompt_lengths: Tensor,
     response_lengths: Tensor,
     logprobs: Tensor,
 ) -> Tensor:
     """(B,) nats: the k1 estimate summed over each response."""
-    ref_logprobs, _ = response_logprobs(
-        reference, input_ids, prompt_lengths, response_lengths, temperature=1.0
+    ref_logprobs, _ = reference(
+        response_logprobs, input_ids, prompt_lengths, response_lengths, temperature=1.0
     )
     return logprobs.sum(1) - ref_logprobs.sum(1)
 
@@ -106,12 +115,13 @@ def _columns(prompts: Dataset) -> dict[str, list[Any]]:
     return {name: list(prompts[name]) for name in names}
 
 
-def _mean_metric(
+def _sum_of_metric(
     metric: RewardFunction | None, prompts: Dataset, completions: list[str]
-) -> float | None:
+) -> tuple[float, int]:
+    """The sum, and of how many; answers that the metric skips do not count."""
     if metric is None:
-        return None
+        return 0.0, 0
     dialogues = list(prompts["prompt"])
     answers = [to_completion(c, p) for c, p in zip(completions, dialogues, strict=True)]
     values = [v for v in call_function(metric, dialogues, answers, _columns(prompts)) if v == v]
-    return sum(values) / max(1, len(values))
+    return sum(values), len(values)

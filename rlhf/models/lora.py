@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,25 +97,29 @@ class WithoutAdapters(nn.Module):
         return self.adapted.get_output_embeddings()
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights with the adapters added in fp32, under the names of the model without any.
 
-    The model itself is left alone.
+    `weights` are the model's state_dict; the model itself, which may hold other weights or none, is
+    left alone.
     """
     layers = dict(_layers(model))
     merged = {}
-    for name, value in model.state_dict().items():
+    for name, value in weights.items():
         owner, base, leaf = name.rpartition(".base_layer.")
         if ".lora_" in name:
             continue
         if base and leaf == "weight":
-            delta = layers[owner].get_delta_weight(ADAPTER)
+            with _holding(layers[owner], owner, weights):
+                delta = layers[owner].get_delta_weight(ADAPTER)
             value = (value.float() + delta.float()).to(value.dtype)
         merged[f"{owner}.{leaf}" if base else name] = value
     return merged
 
 
-def save_adapters(model: nn.Module, folder: Path, *, base: str) -> None:
+def save_adapters(
+    model: nn.Module, weights: Mapping[str, Tensor], folder: Path, *, base: str
+) -> None:
     """Write the adapters, and the score head if there is one, in PEFT's format.
 
     `base` is the model that they were trained on: `PeftModel.from_pretrained` puts them back there.
@@ -123,11 +127,10 @@ def save_adapters(model: nn.Module, folder: Path, *, base: str) -> None:
     import peft
 
     config: Any = model.peft_config[ADAPTER]  # type: ignore[index]
-    weights = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    adapters = peft.get_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
     heads = [head for head in HEADS if hasattr(model, head)]
-    for head in heads:
-        weights |= {f"{head}.{k}": v for k, v in getattr(model, head).state_dict().items()}
-    saved = {f"base_model.model.{name}": value.contiguous() for name, value in weights.items()}
+    adapters |= {n: w for n, w in weights.items() if n.split(".")[0] in heads}
+    saved = {f"base_model.model.{name}": value.contiguous() for name, value in adapters.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     record = peft.LoraConfig(**config.to_dict())
@@ -155,6 +158,20 @@ def whole_model(reference: nn.Module) -> Iterator[nn.Module]:
         return
     with adapters_off(reference.adapted) as model:
         yield model
+
+
+@contextlib.contextmanager
+def _holding(layer: nn.Module, name: str, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A layer's adapters with the given weights for as long as the block lasts."""
+    own = {n: p for n, p in layer.named_parameters() if n.startswith("lora_")}
+    before = {n: p.data for n, p in own.items()}
+    for n, parameter in own.items():
+        parameter.data = weights[f"{name}.{n}"]
+    try:
+        yield
+    finally:
+        for n, parameter in own.items():
+            parameter.data = before[n]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

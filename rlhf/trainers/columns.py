@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasets import Dataset
-
 from rlhf import distributed
 
 Columns = Mapping[str, list[Any]]
-
-ROWS_IN_MEMORY = 4096
-
-
-def pieces(rows: Dataset) -> Iterator[dict[str, list[Any]]]:
-    """The rows in order, a part of them in memory at a time."""
-    for start in range(0, len(rows), ROWS_IN_MEMORY):
-        yield rows[start : start + ROWS_IN_MEMORY]
 
 
 def micro_batches(batch: Columns, size: int) -> Iterator[tuple[dict[str, list[Any]], float]]:
@@ -27,9 +17,5 @@ def micro_batches(batch: Columns, size: int) -> Iterator[tuple[dict[str, list[An
     row left repeats the batch's first one with weight 0.
     """
     count = len(next(iter(batch.values())))
-    ranks = distributed.world_size()
-    ours = range(distributed.rank(), count, ranks)
-    for start in range(0, -(-count // ranks), size):
-        rows = ours[start : start + size] or range(1)
-        weight = 1.0 if start < len(ours) else 0.0
-        yield {name: [column[i] for i in rows] for name, column in batch.items()}, weight
+    for places, weight in distributed.even_parts(count, size):
+        yield {name: [column[i] for i in places] for name, column in batch.items()}, weight

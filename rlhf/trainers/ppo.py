@@ -15,6 +15,7 @@ from torch import Tensor
 from hybrid_engine import Rollout, SamplingParams
 from rlhf import distributed
 from rlhf.advantages import AdvantageFunction
+from rlhf.checkpoint import Saved
 from rlhf.config import PPOConfig
 from rlhf.engines import TrainingEngine
 from rlhf.experience import Experience
@@ -69,21 +70,23 @@ class PPOTrainer:
         self._seed = seed
         self._order = torch.Generator().manual_seed(seed)
         steps = config.iterations * config.epochs * config.mini_batches
-        self._actor = engine.engines.training(
+        self.actor = engine.engines.training(
             engine.actor, config.actor_optimizer, total_steps=steps, role="actor"
         )
-        self._critic: TrainingEngine | None = None
+        self.reference = engine.reference_engine(self.actor)
+        self.critic: TrainingEngine | None = None
         if self.algorithm.advantage is None:
             if engine.critic is None:
                 raise ValueError(f"{config.algorithm} needs a critic, RLHFEngine has None")
-            self._critic = engine.engines.training(
+            self.critic = engine.engines.training(
                 engine.critic, config.critic_optimizer, total_steps=steps, role="critic"
             )
         self._mixture = self._mixture_of(mixture)
         self.average: MovingAverage | None = None
         if config.ema_decay is not None:
-            with self._actor.gathered():
-                self.average = MovingAverage(engine.actor, decay=config.ema_decay)
+            self.average = MovingAverage(
+                engine.actor, decay=config.ema_decay, offload=engine.engines.offloads("ema")
+            )
         self._watch = Stopwatch()
 
     def generate_experience(
@@ -109,12 +112,18 @@ class PPOTrainer:
                     f"column {name} has {len(column)} entries for {len(prompts)} prompts"
                 )
         repeated = [list(prompt) for prompt in self._ours(prompts)]
-        with self._watch("rollout"), self._actor.gathered():
+        with self._watch("rollout"), self.actor.gathered():
             pending = self._pending(repeated, columns or {})
             rollout = self._roll_out(repeated, pending)
         with self._watch("score"):
             experience = measure_rollout(
-                engine, config, repeated, rollout, actor=self._actor, critic=self._critic
+                engine,
+                config,
+                repeated,
+                rollout,
+                actor=self.actor,
+                critic=self.critic,
+                reference=self.reference,
             )
             scores = score(engine, config, experience, pending)
             pad_id = int(engine.tokenizer.pad_token_id)
@@ -139,6 +148,31 @@ class PPOTrainer:
         statistics.add_up_ranks()
         self._log_update(experience, statistics)
         return statistics.mean("policy_loss"), statistics.mean("value_loss")
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    @property
+    def saved(self) -> dict[str, Saved]:
+        """What writes its own part of a checkpoint."""
+        parts = {"actor": self.actor, "critic": self.critic, "average": self.average}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same on every rank; the data's position is with whoever has the data."""
+        mixture = self._mixture
+        return {
+            "iteration": self.iteration,
+            "kl_coef": self.kl.coef,
+            "order": self._order.get_state(),
+            "mixture": None if mixture is None else mixture.batches.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iteration = state["iteration"]
+        self.kl.coef = state["kl_coef"]
+        self._order.set_state(state["order"])
+        if self._mixture is not None and state["mixture"] is not None:
+            self._mixture.batches.load_state_dict(state["mixture"])
 
     # ---- experience ------------------------------------------------------------------------------
 
@@ -191,45 +225,44 @@ class PPOTrainer:
         train_actor = self.iteration >= config.critic_warmup
         tokens, sequences = int(batch.response_mask.sum()), len(batch)
         by_length = batch.lengths.argsort(stable=True)
-        ours = by_length[distributed.rank() :: distributed.world_size()]
-        for part in ours.split(config.micro_batch_size):
-            micro = batch.select(part)
+        for places, weight in distributed.even_parts(len(batch), config.micro_batch_size):
+            micro = batch.select(by_length[list(places)])
+            counted = statistics if weight else UpdateStatistics()
             with self._watch("update_actor"):
                 weights = aggregation_weights(
                     self.algorithm.aggregation, micro.response_lengths, tokens=tokens,
                     sequences=sequences, max_length=config.max_new_tokens,
                 )  # fmt: skip
-                loss = self._policy_loss(micro, weights, statistics)
+                loss = self._policy_loss(micro, weights, counted)
                 if train_actor:
-                    self._actor.backward(loss)
-            if self._critic is not None:
+                    self.actor.backward(loss * weight)
+            if self.critic is not None:
                 with self._watch("update_critic"):
-                    self._critic.backward(self._value_loss(micro, statistics) / tokens)
+                    self.critic.backward(self._value_loss(micro, counted) * (weight / tokens))
         with self._watch("update_actor"):
             if train_actor:
                 self._step_actor(statistics)
-        if self._critic is not None:
+        if self.critic is not None:
             with self._watch("update_critic"):
-                statistics.critic_step(self._critic.step())
+                statistics.critic_step(self.critic.step())
         statistics.end_mini_batch()
 
     def _step_actor(self, statistics: UpdateStatistics) -> None:
         config = self.config
         if self._mixture is not None:
             loss = self._mixture.backward(
-                self._actor, coef=config.ptx_coef, micro_batch_size=config.micro_batch_size
+                self.actor, coef=config.ptx_coef, micro_batch_size=config.micro_batch_size
             )
             statistics.add_mixture(loss)
-        statistics.actor_step(self._actor.step())
+        statistics.actor_step(self.actor.step())
         if self.average is not None:
-            with self._actor.gathered():
-                self.average.update()
+            self.average.update()
 
     def _policy_loss(
         self, micro: Experience, weights: Tensor, statistics: UpdateStatistics
     ) -> Tensor:
         config, mask = self.config, micro.response_mask
-        logprobs, entropy = self._actor(
+        logprobs, entropy = self.actor(
             response_logprobs, micro.input_ids, micro.prompt_lengths, micro.response_lengths,
             temperature=config.temperature,
         )  # fmt: skip
@@ -255,8 +288,8 @@ class PPOTrainer:
         return loss
 
     def _value_loss(self, micro: Experience, statistics: UpdateStatistics) -> Tensor:
-        assert self._critic is not None
-        values = self._critic(
+        assert self.critic is not None
+        values = self.critic(
             response_values, micro.input_ids, micro.prompt_lengths, micro.response_lengths
         )
         result = value_loss(

@@ -30,6 +30,7 @@ def measure_rollout(
     *,
     actor: Engine,
     critic: Engine | None,
+    reference: Engine,
 ) -> Experience:
     """What the models say about B responses; prompts holds one entry for each, repeated ones too.
 
@@ -62,7 +63,7 @@ def measure_rollout(
         response_lengths=lengths,
         old_logprobs=by_part(actor, logprobs) if recompute else rollout.logprobs,
         sampling_logprobs=rollout.truncated_logprobs,
-        ref_logprobs=by_part(engine.frozen_reference, logprobs),
+        ref_logprobs=by_part(reference, logprobs),
         values=zeros if critic is None else by_part(critic, response_values),
         scores=zeros.new_zeros(len(prompts)),
         rewards=zeros,

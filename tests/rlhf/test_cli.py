@@ -266,18 +266,22 @@ def test_chat_with_nobody(capfd: pytest.CaptureFixture[str]) -> None:
     assert "no such folder: /nowhere" in capfd.readouterr().err
 
 
-def test_a_full_disk_leaves_nothing_that_looks_finished(rlhf, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("every", "where"), [("0", "sft"), ("1", "checkpoints/sft")])
+def test_a_full_disk_leaves_nothing_that_looks_finished(
+    rlhf, tmp_path: Path, every: str, where: str
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # metrics fit, the model does not
     try:
-        found = rlhf("sft")
+        found = rlhf("sft", "--checkpoint.every_steps", every)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     line = error_line(found)
     assert "cannot write" in line
-    assert str(tmp_path / "out" / "sft") in line
+    assert str(tmp_path / "out" / where) in line
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"sft.jsonl", "tensorboard"}
+    assert left <= {"sft.jsonl", "tensorboard", "checkpoints"}
+    assert list((tmp_path / "out").glob("checkpoints/sft/*")) == []
 
 
 def test_no_compiler(tmp_path: Path) -> None:
@@ -320,7 +324,10 @@ def test_a_whole_run(finished: Path) -> None:
     left = {path.name for path in finished.iterdir()}
     metrics = {f"{step}.jsonl" for step in ("sft", "reward", "ppo")}
     report = {"report.md", "report.json", "report.png"}
-    assert left == {"sft", "reward", "actor", "critic", "tensorboard", *metrics, *report}
+    models = {"sft", "reward", "actor", "critic"}
+    assert left == {*models, "checkpoints", "tensorboard", *metrics, *report}
+    ended = {path.name for path in (finished / "checkpoints").iterdir()}
+    assert ended == {"sft.json", "reward.json", "ppo.json"}
     assert len((finished / "ppo.jsonl").read_text().splitlines()) == 2
     record = json.loads((finished / "report.json").read_text())
     assert 0 <= record["after"]["quality"] <= 1

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from hybrid_engine import HybridEngine, SamplingParams
 from rlhf.data import decode_completion, encode_prompts, load_rows
+from rlhf.engines import PlainEngine
 from rlhf.evaluation import (
     PolicyEvaluation,
     RunReport,
@@ -47,8 +48,8 @@ def test_policy_evaluation_is_the_loop(causal_lm, scorer, tokenizer, prompts, mi
         return [float(i) for i in range(len(prompts))]
 
     found = evaluate_policy(
-        actor, reference, Reward(model=reward), tokenizer, prompts, max_new_tokens=10,
-        metric=metric, micro_batch_size=micro, seed=5,
+        PlainEngine(actor), PlainEngine(reference), Reward(model=reward), tokenizer, prompts,
+        max_new_tokens=10, metric=metric, micro_batch_size=micro, seed=5,
     )  # fmt: skip
     ids = list(prompts["input_ids"])
     rollout = HybridEngine(actor).generate(ids, SamplingParams(max_new_tokens=10, seed=5))
@@ -80,7 +81,13 @@ def test_policy_evaluation_is_the_loop(causal_lm, scorer, tokenizer, prompts, mi
 def test_a_policy_has_no_kl_from_itself(causal_lm, scorer, tokenizer, prompts) -> None:
     actor = causal_lm()
     found = evaluate_policy(
-        actor, actor, Reward(model=scorer()), tokenizer, prompts, max_new_tokens=10, metric=None
+        PlainEngine(actor),
+        PlainEngine(actor),
+        Reward(model=scorer()),
+        tokenizer,
+        prompts,
+        max_new_tokens=10,
+        metric=None,
     )
     assert abs(found.kl) < 1e-4
     assert found.quality is None
@@ -90,7 +97,13 @@ def test_evaluation_leaves_the_model_as_it_was(causal_lm, scorer, tokenizer, pro
     actor = causal_lm()
     before = {name: tensor.clone() for name, tensor in actor.state_dict().items()}
     evaluate_policy(
-        actor, actor, Reward(model=scorer()), tokenizer, prompts, max_new_tokens=4, metric=None
+        PlainEngine(actor),
+        PlainEngine(actor),
+        Reward(model=scorer()),
+        tokenizer,
+        prompts,
+        max_new_tokens=4,
+        metric=None,
     )
     for name, tensor in actor.state_dict().items():
         assert torch.equal(tensor, before[name])

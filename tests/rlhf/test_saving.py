@@ -115,7 +115,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(
 
 def test_a_full_disk_in_the_tokenizer_is_an_os_error(causal_lm, tokenizer, tmp_path: Path) -> None:
     class OnlyTokenizer(torch.nn.Module):
-        save_pretrained: Callable[..., None] = lambda self, folder: None
+        save_pretrained: Callable[..., None] = lambda self, folder, **options: None
 
     with pytest.raises(OSError, match=r"cannot write .*File too large"), file_size_limit(5_000):
         save_model(OnlyTokenizer(), tokenizer, tmp_path / "model")
