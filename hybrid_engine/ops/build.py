@@ -71,11 +71,8 @@ def build_cpu(csrc: Path, isa: str) -> Path:
 
 
 def cuda_sources(csrc: Path) -> list[Path]:
-    """The CUDA kernels, and the bindings of the op families that have some."""
-    kernels = sorted(csrc.glob("cuda/*.cu"))
-    families = {path.stem for path in kernels}
-    bindings = sorted(path for path in csrc.glob("bindings/*.cpp") if path.stem in families)
-    return [*kernels, *bindings]
+    """The kernels and bindings that make the CUDA library."""
+    return [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("bindings/*.cpp"))]
 
 
 def build_cuda(csrc: Path) -> Path:
