@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_engine import ops
+from hybrid_engine.cache.pages import empty_pages
 from hybrid_engine.ops import UnpackEntry, unpack_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -175,7 +176,8 @@ def paged(
     batch: int, kv_heads: int, keys: int, dim: int, dtype: torch.dtype, scattered: bool = True
 ) -> tuple[Any, ...]:
     blocks = -(-keys // 16)
-    caches = randn(2, batch * blocks, kv_heads, 16, dim, dtype=dtype)
+    shape = (2, batch * blocks, kv_heads, 16, dim)
+    caches = empty_pages(shape, dtype=dtype, device=torch.device("cpu")).normal_()
     order = torch.randperm(batch * blocks) if scattered else torch.arange(batch * blocks)
     tables = order.view(batch, blocks).int()
     return *caches, tables, torch.full((batch,), keys, dtype=torch.int32)

@@ -13,10 +13,10 @@ inline void prefetch(const T* p) {
   if (reinterpret_cast<uintptr_t>(p) % kCacheLine == 0) __builtin_prefetch(p, 0, 2);
 }
 
-// sums[g][j] = a[g, :] * rows[j, :], not yet reduced, for `queries` x `keys` pairs at once.
+// sums[g][first + j] = a[g, :] * rows[j, :], not yet reduced, for `queries` x `keys` pairs at once.
 template <int queries, int keys, typename T>
-inline void dot_block(Vec (*sums)[kLanes], const float* a, const T* const* rows, const T* next,
-                      int64_t dim) {
+inline void dot_block(Vec (&sums)[queries][kLanes], int first, const float* a,
+                      const T* const* rows, const T* next, int64_t dim) {
   Vec totals[queries][keys] = {};
   for (int64_t i = 0; i < dim; i += kLanes) {
     Vec columns[keys];
@@ -30,7 +30,7 @@ inline void dot_block(Vec (*sums)[kLanes], const float* a, const T* const* rows,
     }
   }
   for (int g = 0; g < queries; ++g) {
-    for (int j = 0; j < keys; ++j) sums[g][j] = totals[g][j];
+    for (int j = 0; j < keys; ++j) sums[g][first + j] = totals[g][j];
   }
 }
 
@@ -44,11 +44,7 @@ inline void dot_each(Vec* out, const float* a, const T* rows, int64_t count, con
   const T* at[kLanes];
   for (int j = 0; j < kLanes; ++j) at[j] = rows + (j < count ? j : count - 1) * dim;
   for (int j = 0; j < kLanes; j += kKeys) {
-    Vec some[queries][kLanes];
-    dot_block<queries, kKeys>(some, a, at + j, next + j * dim, dim);
-    for (int g = 0; g < queries; ++g) {
-      for (int i = 0; i < kKeys; ++i) sums[g][j + i] = some[g][i];
-    }
+    dot_block<queries, kKeys>(sums, j, a, at + j, next + j * dim, dim);
   }
   for (int g = 0; g < queries; ++g) out[g] = sum_each(sums[g]);
 }

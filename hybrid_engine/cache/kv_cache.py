@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hybrid_engine.cache.pages import empty_pages
+
 
 class KVCache:
     """Keys and values of all layers, each (num_blocks, K, block_size, D).
@@ -24,7 +26,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (layers, 2, num_blocks, kv_heads, block_size, head_dim)
-        self._storage = torch.empty(shape, dtype=dtype, device=device)
+        self._storage = empty_pages(shape, dtype=dtype, device=device)
         self.layers: list[tuple[Tensor, Tensor]] = [(kv[0], kv[1]) for kv in self._storage]
         self.num_blocks = num_blocks
         self.block_size = block_size
