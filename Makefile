@@ -3,10 +3,11 @@
 
 PYTHON ?= python3
 VENV := .venv
+VENV_PPO := .venv-trl-ppo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-gpu bench lint format clean
+.PHONY: demo test test-gpu test-trl-ppo bench lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf run --config examples/tiny_cpu.yaml
@@ -17,6 +18,17 @@ test: $(VENV)/installed-test
 # On a machine with a CUDA device.
 test-gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m gpu
+
+# TRL dropped its PPOTrainer after 1.12, so its last one runs in an environment of its own.
+test-trl-ppo: $(VENV_PPO)/installed
+	PYTHONPATH=. $(VENV_PPO)/bin/python tests/clients/trl_ppo.py
+
+$(VENV_PPO)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_PPO)
+	grep -v '^trl==' constraints.txt > $(VENV_PPO)/constraints.txt
+	$(VENV_PPO)/bin/python -m pip install --quiet --constraint $(VENV_PPO)/constraints.txt \
+		--editable . peft pandas trl==1.12.0
+	touch $@
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -33,7 +45,7 @@ format: $(VENV)/installed-dev
 		xargs $(BIN)/clang-format -i
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_PPO) build dist *.egg-info
 
 $(VENV)/python-ready:
 	$(PYTHON) -m venv $(VENV)

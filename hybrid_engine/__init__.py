@@ -4,6 +4,7 @@ from hybrid_engine.accelerate import Acceleration, accelerate, acceleration, res
 from hybrid_engine.config import EngineConfig
 from hybrid_engine.engine import HybridEngine
 from hybrid_engine.generation import Rollout, SamplingParams
+from hybrid_engine.speedup import measure_speedup
 
 __all__ = [
     "Acceleration",
@@ -13,5 +14,6 @@ __all__ = [
     "SamplingParams",
     "accelerate",
     "acceleration",
+    "measure_speedup",
     "restore",
 ]

@@ -7,11 +7,13 @@ the engine's. What the engine does not serve goes to HF's loop, with a warning t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
 import warnings
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -113,6 +115,19 @@ def acceleration(model: nn.Module) -> Acceleration | None:
     return _accelerations.get(unwrap(model))
 
 
+@contextlib.contextmanager
+def plain_generation(model: nn.Module) -> Iterator[None]:
+    """Within, `generate` of an accelerated model is HF's own."""
+    target = unwrap(model)
+    accelerated = type(target)
+    if target in _accelerations:
+        target.__class__ = _plain_class(accelerated)
+    try:
+        yield
+    finally:
+        target.__class__ = accelerated
+
+
 def unwrap(model: Any) -> nn.Module:
     """The causal language model inside PEFT, DDP or DeepSpeed wrappers."""
     while True:
@@ -202,12 +217,8 @@ class _AcceleratedGeneration:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The copy is accelerated too, on its own weights."""
         config = _accelerations[self].config  # type: ignore[index]
-        accelerated = type(self)
-        self.__class__ = _plain_class(accelerated)
-        try:
+        with plain_generation(self):  # type: ignore[arg-type]
             duplicate = copy.deepcopy(self, memo)
-        finally:
-            self.__class__ = accelerated
         return accelerate(duplicate, config)  # type: ignore[type-var]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

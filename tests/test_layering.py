@@ -23,6 +23,7 @@ FLOORS = [
     ["hybrid_engine.engine"],
     ["hybrid_engine.self_check", "hybrid_engine.hf_request", "hybrid_engine.hf_output"],
     ["hybrid_engine.accelerate"],
+    ["hybrid_engine.speedup"],
     ["hybrid_engine"],
     [
         "rlhf.config",

@@ -410,6 +410,14 @@ def test_broken_table_is_caught(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(model.generate(IDS, do_sample=False, **OPTIONS), expected)
 
 
+def test_speedup_is_measured_on_both_loops(model: Any) -> None:
+    assert he.measure_speedup(model, repeats=1, new_tokens=8) == pytest.approx(1, rel=0.99)
+    he.accelerate(model).train()
+    assert he.measure_speedup(model, repeats=2, new_tokens=8) > 0
+    assert served(model) == 3  # and as many on HF's loop
+    assert model.training
+
+
 def test_unknown_family_stays_with_hf() -> None:
     with pytest.warns(RuntimeWarning, match="not accelerated.*does not know"):
         he.accelerate(nn.Linear(2, 2))
