@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from hybrid_engine.cache import BlockAllocator, KVCache, affordable_blocks
 from hybrid_engine.config import EngineConfig
 from hybrid_engine.generation import GenerationLoop, Rollout, SamplingParams
 from hybrid_engine.generation.rows import Rows
 from hybrid_engine.generation.scheduler import Scheduler, Sequence
+from hybrid_engine.joint import Requests, joint_rollout
 from hybrid_engine.models import Decoder, find_family
 from hybrid_engine.weights import Shadow
 
@@ -22,16 +24,30 @@ class HybridEngine:
     """Generation for a Hugging Face causal language model in the middle of its training.
 
     The model keeps its parameters, its forward and its optimizer; the engine reads the same
-    memory. A family that it does not know raises ValueError.
+    memory. Where that is not possible, a rollout has a copy: of parameters that ZeRO-3 spreads over
+    the ranks, of the slices that a tensor-parallel rank holds, and of another dtype.
     """
 
-    def __init__(self, model: nn.Module, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: EngineConfig | None = None, *, tp_group: Any = None
+    ) -> None:
+        """`tp_group` has the `inference_tp_size` ranks that generate together, this one among
+        them; None: consecutive ranks of the world.
+
+        With ZeRO-3 and with tensor parallelism every rank makes an engine, and every rank enters a
+        rollout; a tensor-parallel group generates together.
+
+        Raises ValueError for a family that it does not know, and for ranks that do not divide.
+        """
         self._model = model
         self._config = config or EngineConfig()
-        _check_ranks(self._config)
         dtype, family = self._config.rollout_dtype, find_family(model)
-        self._shadow = None if dtype is None else Shadow(model, dtype)
-        self._decoder = Decoder(self._shadow.model if self._shadow else model, family)
+        self._joint = joint_rollout(model, family, self._config, tp_group)
+        self._shadow = Shadow(model, dtype) if dtype and not self._joint else None
+        if self._joint:
+            self._decoder = self._joint.decoder
+        else:
+            self._decoder = Decoder(self._shadow.model if self._shadow else model, family)
         self._cache: KVCache | None = None
         self._in_rollout = False
 
@@ -50,14 +66,19 @@ class HybridEngine:
         """Flip to generation: the weights as they are now, and a KV cache that lives until exit."""
         if self._in_rollout:
             raise RuntimeError("rollout() is entered already")
-        if self._shadow:
-            self._shadow.refresh()
-        self._decoder.refresh()
+        if self._joint:
+            self._decoder = self._joint.flip()
+        else:
+            if self._shadow:
+                self._shadow.refresh()
+            self._decoder.refresh()
         self._in_rollout = True
         try:
             yield
         finally:
             self._in_rollout = False
+            if self._joint:
+                self._joint.end()
             if self._config.release_inference_cache:
                 self._cache = None
 
@@ -80,14 +101,17 @@ class HybridEngine:
         with (
             contextlib.nullcontext() if self._in_rollout else self.rollout(),
             torch.autocast(self._decoder.device.type, enabled=False),  # the weights' type decides
+            self._together(),
         ):
-            loop = self._start([p for p in prompts for _ in range(params.n)], params)
+            requests = self._requests(prompts, params)
+            loop = self._start(requests, params)
             while not loop.done:
                 loop.step()
                 if on_finish is not None:
                     for place, response in loop.take_finished():
-                        on_finish(place, response)
-        return loop.rollout()
+                        if (own := requests.own_place(place)) is not None:
+                            on_finish(own, response)
+        return requests.own_part(loop.rollout())
 
     def start(
         self, prompts: list[list[int]], params: SamplingParams | None = None
@@ -98,8 +122,13 @@ class HybridEngine:
         """
         if not self._in_rollout:
             raise RuntimeError("start() works inside `with engine.rollout():`")
+        if self._joint and self._joint.in_lockstep:
+            raise RuntimeError(
+                "start() and stream() are for a rank that generates alone; ranks that share or "
+                "stream their weights generate together: call generate()"
+            )
         params = params or SamplingParams()
-        loop = self._start([p for p in prompts for _ in range(params.n)], params)
+        loop = self._start(self._requests(prompts, params), params)
         self._cache = None  # this loop's alone: other calls may come between two steps
         return loop
 
@@ -122,7 +151,7 @@ class HybridEngine:
 
         Returns the logits (T, V), and the residual (T, D) after each layer.
         """
-        with contextlib.nullcontext() if self._in_rollout else self.rollout():
+        with contextlib.nullcontext() if self._in_rollout else self.rollout(), self._together():
             cache = self._cache_for([tokens], SamplingParams(max_new_tokens=1))
             sequence = Sequence(index=0, prompt=tokens)
             sequence.blocks = list(range(cache.num_blocks))
@@ -146,8 +175,17 @@ class HybridEngine:
             self._shadow.release()
         self._cache = None
 
-    def _start(self, prompts: list[list[int]], params: SamplingParams) -> GenerationLoop:
-        self._check(prompts, params)
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        """Ranks whose passes meet leave only together."""
+        return self._joint.together() if self._joint else contextlib.nullcontext()
+
+    def _requests(self, prompts: list[list[int]], params: SamplingParams) -> Requests:
+        own = [p for p in prompts for _ in range(params.n)]
+        self._check(own, params)
+        return self._joint.share(own, params) if self._joint else Requests.alone(own, params)
+
+    def _start(self, requests: Requests, params: SamplingParams) -> GenerationLoop:
+        prompts = requests.prompts
         stop_token_ids = self._stop_token_ids(params)
         cache = self._cache_for(prompts, params)
         scheduler = Scheduler(
@@ -163,14 +201,14 @@ class HybridEngine:
             scheduler,
             params,
             prompts=prompts,
+            seeds=requests.seeds,
             capacity=max(1, min(len(prompts), self._config.max_running)),
             stop_token_ids=stop_token_ids,
             pad_token_id=self._pad_token_id(),
         )
 
     def _check(self, prompts: list[list[int]], params: SamplingParams) -> None:
-        embedded: int = self._model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        vocab = self._decoder.vocab_size
+        vocab, embedded = self._decoder.vocab_size, self._decoder.embedded_tokens
         if vocab > embedded:
             raise ValueError(
                 f"the head says {vocab} tokens, the embedding knows {embedded}; resize one of them"
@@ -219,6 +257,8 @@ class HybridEngine:
             head_dim=decoder.head_dim, dtype=decoder.dtype,
         )  # fmt: skip
         blocks, limit = affordable_blocks(size, decoder.device, config.max_cache_gb)
+        if self._joint:
+            blocks = self._joint.least(blocks)
         if blocks < longest:
             raise ValueError(
                 f"{limit} holds {blocks} blocks; the longest sequence alone needs {longest} "
@@ -244,15 +284,6 @@ class HybridEngine:
             if value is not None:
                 return value
         return None
-
-
-def _check_ranks(config: EngineConfig) -> None:
-    size = config.inference_tp_size
-    if size > 1 and not (distributed.is_available() and distributed.is_initialized()):
-        raise ValueError(
-            f"inference_tp_size={size} needs a process group of as many ranks; start the script "
-            "with torchrun or deepspeed, or call torch.distributed.init_process_group first"
-        )
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

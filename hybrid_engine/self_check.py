@@ -39,7 +39,11 @@ class SelfCheck:
         return self.max_logit_error <= self.bound and agreed
 
     def __str__(self) -> str:
-        where = "" if self.first_wrong_layer is None else f", from layer {self.first_wrong_layer}"
+        where = ""
+        if self.first_wrong_layer is not None:
+            where = f", from layer {self.first_wrong_layer} on"
+        elif not self.passed:
+            where = ", after the last layer"
         return (
             f"logits differ by {self.max_logit_error:.2g} of the largest (bound {self.bound:.2g})"
             f"{where}; {self.tokens_agreed} of {self.tokens_compared} greedy tokens agree"

@@ -123,11 +123,62 @@ def value_loss(
     )
 
 
-def preference_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
+@dataclass
+class DPOLoss:
+    """Of B pairs."""
+
+    loss: Tensor  # (), their sum, differentiable
+    chosen_rewards: Tensor  # (B,), beta * log-ratio to the reference
+    rejected_rewards: Tensor  # (B,)
+
+
+def dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    *,
+    beta: float,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> DPOLoss:
+    """Sum over pairs; h is the difference of the log-ratios of chosen and rejected.
+
+    sigmoid: -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h), arXiv 2305.18290, eq. 7, with
+    label smoothing s as in arXiv 2403.00409, eq. 3, up to its unbiasing factor.
+    ipo: (h - 1 / (2 beta))^2, arXiv 2310.12036, eq. 17.
+
+    Args:
+        chosen, rejected, ref_chosen, ref_rejected: (B,) log-probs of whole completions.
+    """
+    chosen_ratio, rejected_ratio = chosen - ref_chosen, rejected - ref_rejected
+    h = chosen_ratio - rejected_ratio  # (B,)
+    if kind == "ipo":
+        losses = (h - 1 / (2 * beta)).square()
+    else:
+        right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
+        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+    return DPOLoss(losses.sum(), beta * chosen_ratio.detach(), beta * rejected_ratio.detach())
+
+
+def preference_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    *,
+    centring_coef: float = 0.0,
+) -> Tensor:
     """Sum over pairs of -log sigmoid(chosen - rejected - margin), arXiv 2203.02155, eq. 1.
+
+    With a margin as in arXiv 2307.09288, eq. 2; centring_coef * (chosen + rejected)^2 is added, as
+    in arXiv 2312.09244, section 3.2: differences leave the level of the scores open.
 
     Args:
         chosen, rejected: (B,) scores; margin: (B,) or None.
     """
-    difference = chosen.float() - rejected.float()
-    return -F.logsigmoid(difference if margin is None else difference - margin).sum()
+    chosen, rejected = chosen.float(), rejected.float()
+    difference = chosen - rejected
+    losses = -F.logsigmoid(difference if margin is None else difference - margin)
+    if centring_coef:
+        losses = losses + centring_coef * (chosen + rejected).square()
+    return losses.sum()

@@ -94,16 +94,17 @@ class Pipeline:
             data = self._data(config.data, "demonstrations")
             model, tokenizer = self._first_model(data)
             self.report.parameters = parameter_count(model)
-            self._seed_ranks()
             trainer = SFTTrainer(
                 model, tokenizer, config, seed=self.config.seed, engines=self._engines
             )
             with Tracker(self.folder, "sft", resume=self._progress.resume) as tracker:
-                trainer.train(
-                    _encoded(data, "train", tokenizer), tracker=tracker, console=self._console,
+                self.report.sft = trainer.train(
+                    _encoded(data, "train", tokenizer),
+                    heldout=_encoded(data, "test", tokenizer),
+                    tracker=tracker,
+                    console=self._console,
                     checkpoints=self._progress.checkpoints("sft"),
-                )  # fmt: skip
-                self.report.sft = trainer.evaluate(_encoded(data, "test", tokenizer))
+                )
                 self.report.histories["sft"] = tracker.history
             self._save(trainer.engine, tokenizer, "sft", base=self.config.model.path)
         self._end("sft", sft=self.report.sft)
@@ -123,11 +124,13 @@ class Pipeline:
                 model, tokenizer, config, seed=self.config.seed, engines=self._engines
             )
             with Tracker(self.folder, "reward", resume=self._progress.resume) as tracker:
-                trainer.train(
-                    _encoded(data, "train", tokenizer), tracker=tracker, console=self._console,
+                self.report.reward = trainer.train(
+                    _encoded(data, "train", tokenizer),
+                    heldout=_encoded(data, "test", tokenizer),
+                    tracker=tracker,
+                    console=self._console,
                     checkpoints=self._progress.checkpoints("reward"),
-                )  # fmt: skip
-                self.report.reward = trainer.evaluate(_encoded(data, "test", tokenizer))
+                )
                 self.report.histories["reward"] = tracker.history
             demonstrations = self._data(self.config.sft.data, "demonstrations")
             sample = _encoded(demonstrations, "train", tokenizer)[:NORMALISATION_ROWS]

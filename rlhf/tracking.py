@@ -34,6 +34,7 @@ class Tracker:
     def __init__(self, folder: Path, name: str, *, resume: bool = False) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        self.folder, self.name = folder, name
         self.history: list[dict[str, float]] = []
         if not distributed.is_first():
             return

@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up. Neighbours on a floor do not know each other; a bare package is its __init__.
 FLOORS = [
-    ["hybrid_engine.ops"],
+    ["hybrid_engine.ops", "hybrid_engine.parallel"],
     ["hybrid_engine.cache"],
     ["hybrid_engine.weights"],
     ["hybrid_engine.models"],
     ["hybrid_engine.generation"],
     ["hybrid_engine.config"],
+    ["hybrid_engine.joint"],
     ["hybrid_engine.engine"],
     ["hybrid_engine.self_check", "hybrid_engine.hf_request", "hybrid_engine.hf_output"],
     ["hybrid_engine.accelerate"],

@@ -10,7 +10,6 @@ from hybrid_engine.cache import KVCache
 from hybrid_engine.generation.params import FinishReason, Rollout, SamplingParams
 from hybrid_engine.generation.rows import Rows
 from hybrid_engine.generation.scheduler import Scheduler, Sequence
-from hybrid_engine.generation.seeds import sequence_seeds
 from hybrid_engine.generation.stop_strings import StopStringWatch
 from hybrid_engine.models import Decoder
 
@@ -26,10 +25,12 @@ class GenerationLoop:
         params: SamplingParams,
         *,
         prompts: list[list[int]],
+        seeds: list[int],
         capacity: int,
         stop_token_ids: tuple[int, ...],
         pad_token_id: int,
     ) -> None:
+        """`seeds` has the Philox key of each prompt's draws."""
         self._decoder = decoder
         self._cache = cache
         self._scheduler = scheduler
@@ -43,7 +44,7 @@ class GenerationLoop:
             vocab_size=decoder.vocab_size if params.repetition_penalty != 1 else None,
         )
         self._sampling = _sampling_tensors(params, capacity, device)
-        self._seeds = torch.tensor(sequence_seeds(prompts, params.seed), device=device)
+        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
         self._stop = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
         self._stop_strings = (
             StopStringWatch(params.stop_strings, prompts, params.max_new_tokens, device)

@@ -2,5 +2,16 @@
 
 from hybrid_engine.models.decoder import Decoder, DecoderBatch
 from hybrid_engine.models.family import FAMILIES, Family, find_family
+from hybrid_engine.models.parallel_decoder import ParallelDecoder
+from hybrid_engine.models.rollout_copy import Mode, RolloutCopy
 
-__all__ = ["FAMILIES", "Decoder", "DecoderBatch", "Family", "find_family"]
+__all__ = [
+    "FAMILIES",
+    "Decoder",
+    "DecoderBatch",
+    "Family",
+    "Mode",
+    "ParallelDecoder",
+    "RolloutCopy",
+    "find_family",
+]

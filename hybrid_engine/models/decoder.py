@@ -75,6 +75,11 @@ class Decoder:
         return self._head.weight.shape[0]
 
     @property
+    def embedded_tokens(self) -> int:
+        """Rows of the embedding; a head may have more."""
+        return self._embedding.weight.shape[0]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self._embedding.weight.dtype
 
@@ -91,7 +96,7 @@ class Decoder:
         if self._rotary is not None:
             self._cos_sin = self._rotary_table()
         if self._family.alibi:
-            self._alibi_slopes = alibi_slopes(self.num_heads).to(self.device)
+            self._alibi_slopes = self._slopes().to(self.device)
 
     def release(self) -> None:
         """Leave the model's parameters as if the decoder had never been there."""
@@ -109,7 +114,7 @@ class Decoder:
         `on_layer` is called after each layer with its number and the residual (N, D).
         """
         residual = self._embed(batch)  # (N, D)
-        x = self._layers[0].attention_norm(residual)
+        x = self._enter(0).attention_norm(residual)
         for i, layer in enumerate(self._layers):
             attended = self._attend(layer, x, batch, *cache.layers[i])  # (N, D)
             if self._parallel:
@@ -121,7 +126,7 @@ class Decoder:
             if layer.mlp_output_norm:
                 x = layer.mlp_output_norm(x)
             last = i + 1 == len(self._layers)
-            norm = self._final_norm if last else self._layers[i + 1].attention_norm
+            norm = self._final_norm if last else self._enter(i + 1).attention_norm
             x = norm.after_adding(x, residual)
             if on_layer:
                 on_layer(i, residual)
@@ -156,8 +161,15 @@ class Decoder:
         self._learned = optional(family.position_embedding)
         self._modules = list(self._model.modules())
 
+    def _enter(self, layer: int) -> DecoderLayer:
+        """The layer, whose weights are read from now on, and those of the one before no more."""
+        return self._layers[layer]
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self._embedding.weight)
+
     def _embed(self, batch: DecoderBatch) -> Tensor:
-        x = F.embedding(batch.tokens, self._embedding.weight)
+        x = self._look_up(batch.tokens)
         if self._family.embedding_scales:
             x = x * self._embedding.embed_scale.to(x.dtype)  # HF too rounds the factor first
         if self._learned is not None:
@@ -189,6 +201,9 @@ class Decoder:
             )  # fmt: skip
         projected = layer.attention_output(out.flatten(1))
         return layer.attention_output_norm(projected) if layer.attention_output_norm else projected
+
+    def _slopes(self) -> Tensor:
+        return alibi_slopes(self.num_heads)
 
     def _rotary_table(self) -> Tensor:
         """(max_positions, rotary_dim) fp32, from the model's own module, so with its scaling."""

@@ -27,6 +27,13 @@ def base_of(module: nn.Module) -> Any:
     return module.base_layer if is_lora(module) else module
 
 
+def active_adapters(module: Any) -> list[str]:
+    """Whose part is to be added to the base layer's output."""
+    if module.disable_adapters or module.merged:  # merged: in the base weight already
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
 class Lora:
     """The adapters of modules with one input, whose outputs lie side by side.
 
@@ -46,7 +53,7 @@ class Lora:
         ]  # fmt: skip
         self._placed: dict[tuple[int, str, str, torch.dtype], Tensor] = {}
         for module, _ in self._adapted:
-            _check_plain(module)
+            check_plain(module)
 
     def __bool__(self) -> bool:
         return bool(self._adapted)
@@ -60,9 +67,7 @@ class Lora:
         active = [
             (place, name)
             for place, (module, _) in enumerate(self._adapted)
-            if not (module.disable_adapters or module.merged)  # merged: in the weight already
-            for name in module.active_adapters
-            if name in module.lora_A
+            for name in active_adapters(module)
         ]
         if not active:
             return F.linear(x, weight, bias)
@@ -118,10 +123,11 @@ class Lora:
 
 def _width(base: Any) -> int:
     """Outputs of a Linear, or of GPT-2's Conv1D."""
-    return base.out_features if isinstance(base, nn.Linear) else base.weight.shape[1]
+    return base.out_features if isinstance(base, nn.Linear) else base.nf
 
 
-def _check_plain(module: Any) -> None:
+def check_plain(module: Any) -> None:
+    """Raises ValueError for variants of LoRA."""
     variants = [name for name, used in module.use_dora.items() if used]
     if variants or getattr(module, "lora_variant", None):
         raise ValueError(

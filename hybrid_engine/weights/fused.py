@@ -7,17 +7,22 @@ from torch import Tensor, nn
 
 
 class FusedParameters:
-    """Parameters that become views of one buffer, row after row: Q, K, V, or gate and up.
+    """Parameters as one buffer, row after row: Q, K, V, or gate and up.
 
-    The model keeps training its own parameters; the decoder reads the buffer. Nothing is copied at
-    the flip, because they are the same memory. Whoever replaces a parameter or its storage
-    (`load_state_dict(assign=True)`, `.to()`) breaks that; `refresh` notices and fuses anew.
+    The parameters become views of the buffer: the model keeps training them, the decoder reads the
+    buffer, and nothing is copied at the flip, because they are the same memory. Whoever replaces a
+    parameter or its storage (`load_state_dict(assign=True)`, `.to()`) breaks that; `refresh`
+    notices and fuses anew.
+
+    Parameters that are part of somebody's storage already, as ZeRO 1 and 2 flatten them, stay
+    there: if they lie one after another, they are the buffer; if not, it is a copy.
     """
 
     def __init__(self, modules: list[nn.Module], name: str) -> None:
         self._modules = modules
         self._name = name  # "weight" or "bias", of each module
         self._buffer: Tensor | None = None
+        self._is_ours = False  # the parameters were moved into the buffer
 
     @property
     def buffer(self) -> Tensor:
@@ -27,24 +32,34 @@ class FusedParameters:
 
     @torch.inference_mode(False)  # an inference tensor could not be trained
     def refresh(self) -> None:
-        """Make the parameters views of the buffer, if they are not."""
+        """Make the buffer what the parameters are."""
         if self._is_current():
             return
         parameters = self._parameters()
-        self._buffer = torch.cat([parameter.data for parameter in parameters])
-        for parameter, view in zip(parameters, self._views(), strict=True):
-            parameter.data = view
+        tensors = [parameter.data for parameter in parameters]
+        adjacent = _as_one(tensors)
+        foreign = any(self._is_foreign(tensor) for tensor in tensors)
+        self._is_ours = adjacent is None and not foreign
+        self._buffer = torch.cat(tensors) if adjacent is None else adjacent
+        if self._is_ours:
+            for parameter, view in zip(parameters, self._views(), strict=True):
+                parameter.data = view
 
     @torch.inference_mode(False)
     def release(self) -> None:
-        """Give every parameter a storage of its own again."""
-        if self._buffer is None:
-            return
-        shared = self._buffer.untyped_storage().data_ptr()
-        for parameter in self._parameters():
-            if parameter.untyped_storage().data_ptr() == shared:
-                parameter.data = parameter.data.clone()
-        self._buffer = None
+        """Give every parameter that was moved a storage of its own again."""
+        if self._buffer is not None and self._is_ours:
+            shared = self._buffer.untyped_storage().data_ptr()
+            for parameter in self._parameters():
+                if parameter.untyped_storage().data_ptr() == shared:
+                    parameter.data = parameter.data.clone()
+        self._buffer, self._is_ours = None, False
+
+    def _is_foreign(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        if self._is_ours and storage.data_ptr() == self.buffer.untyped_storage().data_ptr():
+            return False
+        return storage.nbytes() > tensor.numel() * tensor.element_size()
 
     def _parameters(self) -> list[nn.Parameter]:
         return [getattr(module, self._name) for module in self._modules]
@@ -61,3 +76,17 @@ class FusedParameters:
             parameter.data_ptr() == view.data_ptr() and parameter.dtype == view.dtype
             for parameter, view in pairs
         )
+
+
+def _as_one(tensors: list[Tensor]) -> Tensor | None:
+    """Contiguous tensors that follow one another in one storage, as one; None if they do not."""
+    storage, end = tensors[0].untyped_storage().data_ptr(), tensors[0].data_ptr()
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.untyped_storage().data_ptr() != storage:
+            return None
+        if tensor.data_ptr() != end:
+            return None
+        end += tensor.numel() * tensor.element_size()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    shape = (rows, *tensors[0].shape[1:])
+    return tensors[0].as_strided(shape, tensors[0].stride())

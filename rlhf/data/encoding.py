@@ -34,6 +34,8 @@ class Preference(TypedDict):
 
     chosen_ids: list[int]
     rejected_ids: list[int]
+    chosen_mask: list[int]  # 1 where the completion is, its EOS included
+    rejected_mask: list[int]
     margin: float  # by which the scores should differ at least; 0 where the data says nothing
 
 
@@ -59,11 +61,7 @@ def encode_preference(
     chosen, rejected = _encode_pieces(preference_pieces(row, tokenizer), tokenizer)
     if max(len(chosen["input_ids"]), len(rejected["input_ids"])) > max_length:
         return None
-    return {
-        "chosen_ids": chosen["input_ids"],
-        "rejected_ids": rejected["input_ids"],
-        "margin": row.get("margin", 0.0),
-    }
+    return _pair(row, chosen, rejected)
 
 
 def encode_prompt(
@@ -108,7 +106,7 @@ def encode_demonstrations(
 def encode_preferences(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> Dataset:
-    """Encode all rows to columns {chosen_ids, rejected_ids, margin}; pairs over the limit go.
+    """Encode all rows to the columns of Preference; pairs over the limit are dropped.
 
     Raises ValueError if every pair is over the limit.
     """
@@ -116,18 +114,17 @@ def encode_preferences(
 
     def encode(batch: list[Row]) -> list[Row]:
         pieces = [side for row in batch for side in preference_pieces(row, tokenizer)]
-        ids = [full["input_ids"] for full in _encode_pieces(pieces, tokenizer)]
-        encoded = []
-        for row, chosen, rejected in zip(batch, ids[::2], ids[1::2], strict=True):
-            longest = max(len(chosen), len(rejected))
+        sides = _encode_pieces(pieces, tokenizer)
+        encoded: list[Row] = []
+        for row, chosen, rejected in zip(batch, sides[::2], sides[1::2], strict=True):
+            longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
             tally.count(longest, dropped=longest > max_length)
             if longest <= max_length:
-                margin = row.get("margin", 0.0)
-                pair = {"chosen_ids": chosen, "rejected_ids": rejected, "margin": margin}
-                encoded.append(pair)
+                encoded.append(dict(_pair(row, chosen, rejected)))
         return encoded
 
-    columns = {"chosen_ids": _IDS, "rejected_ids": _IDS, "margin": Value("float32")}
+    ids = ("chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
+    columns = {**dict.fromkeys(ids, _IDS), "margin": Value("float32")}
     return _map(rows, encode, tally, tokenizer, columns)
 
 
@@ -194,6 +191,16 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _cut(full: Demonstration, max_length: int) -> Demonstration | None:
     mask = full["loss_mask"][:max_length]
     return {"input_ids": full["input_ids"][:max_length], "loss_mask": mask} if any(mask) else None
+
+
+def _pair(row: Row, chosen: Demonstration, rejected: Demonstration) -> Preference:
+    return {
+        "chosen_ids": chosen["input_ids"],
+        "rejected_ids": rejected["input_ids"],
+        "chosen_mask": chosen["loss_mask"],
+        "rejected_mask": rejected["loss_mask"],
+        "margin": row.get("margin", 0.0),
+    }
 
 
 class _Tally:

@@ -5,6 +5,7 @@ from rlhf.models.forward import (
     completion_logprobs,
     response_logprobs,
     response_values,
+    sequence_logprobs,
     sequence_scores,
 )
 from rlhf.models.loading import (
@@ -32,6 +33,7 @@ __all__ = [
     "response_logprobs",
     "response_values",
     "save_model",
+    "sequence_logprobs",
     "sequence_scores",
     "whole_model",
 ]

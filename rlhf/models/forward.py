@@ -28,6 +28,15 @@ def completion_logprobs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor) 
     return logprobs
 
 
+def sequence_logprobs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
+    """The summed log-prob of the marked tokens of each sequence, (B,) fp32.
+
+    Arguments as of `completion_logprobs`.
+    """
+    logprobs = completion_logprobs(model, input_ids, loss_mask)
+    return _scatter(logprobs, loss_mask[:, 1:]).sum(1)
+
+
 def response_logprobs(
     model: nn.Module,
     input_ids: Tensor,

@@ -1,8 +1,9 @@
-"""The three steps."""
+"""The three steps, and DPO in place of two of them."""
 
+from rlhf.trainers.dpo import DPOTrainer
 from rlhf.trainers.ppo import PPOTrainer
 from rlhf.trainers.reward import RewardTrainer
 from rlhf.trainers.rlhf_engine import RLHFEngine
 from rlhf.trainers.sft import SFTTrainer
 
-__all__ = ["PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer"]
+__all__ = ["DPOTrainer", "PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer"]

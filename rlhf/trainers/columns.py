@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from datasets import Dataset
+
 from rlhf import distributed
 
 Columns = Mapping[str, list[Any]]
+
+ROWS_IN_MEMORY = 4096
+
+
+def pieces(rows: Dataset) -> Iterator[dict[str, list[Any]]]:
+    """The rows in order, a part of them in memory at a time."""
+    for start in range(0, len(rows), ROWS_IN_MEMORY):
+        yield rows[start : start + ROWS_IN_MEMORY]
 
 
 def micro_batches(batch: Columns, size: int) -> Iterator[tuple[dict[str, list[Any]], float]]:

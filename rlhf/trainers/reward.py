@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -17,14 +15,15 @@ from rlhf.data import RowBatches, collate_right
 from rlhf.engines import Engine, Engines, PlainEngine, TrainingEngine
 from rlhf.losses import preference_loss
 from rlhf.models import sequence_scores
-from rlhf.tracking import ProgressBar, Tracker
-from rlhf.trainers.columns import Columns, micro_batches
+from rlhf.tracking import Tracker
+from rlhf.trainers.columns import Columns, micro_batches, pieces
+from rlhf.trainers.loop import Metrics, train_epochs
 
 MIN_SPREAD = 1e-4  # of scores, in nats; less is rounding
 
 
 class RewardTrainer:
-    """Trains a one-label classifier on encoded pairs (chosen_ids, rejected_ids)."""
+    """Trains a one-label classifier on encoded pairs (Preference)."""
 
     def __init__(
         self,
@@ -48,52 +47,54 @@ class RewardTrainer:
         *,
         tracker: Tracker,
         console: Console,
+        heldout: Dataset | None = None,
         checkpoints: Checkpoints | None = None,
-    ) -> None:
+    ) -> Metrics:
+        """Returns the evaluation of the weights that are kept, {} without `heldout`."""
         config = self._config
-        chosen, rejected = rows["chosen_ids"], rows["rejected_ids"]
-        lengths = [len(a) + len(b) for a, b in zip(chosen, rejected, strict=True)]
+        sides = (rows["chosen_ids"], rows["rejected_ids"])
+        lengths = [len(a) + len(b) for a, b in zip(*sides, strict=True)]
         batches = RowBatches(len(rows), config.batch_size, lengths=lengths, seed=self._seed)
         steps = len(batches) * config.epochs
         engine = self._engines.training(
             self._model, config.optimizer, total_steps=steps, role="critic"
         )
         self.engine = engine
-        done = checkpoints.begin({"model": engine}, {"data": batches}) if checkpoints else 0
-        tracker.rewind(done)
-        self._model.train()
-        with ProgressBar("reward", steps, console, done=done) as bar:
-            for step, indices in enumerate(islice(batches, steps - done), done + 1):
-                loss, accuracy = self._train_batch(engine, rows[indices])
-                info = engine.step()
-                tracker.log(
-                    step,
-                    {
-                        "loss": loss,
-                        "accuracy": accuracy,
-                        "lr": info.learning_rate,
-                        "grad_norm": info.grad_norm,
-                    },
-                )
-                bar.advance(tokens=sum(lengths[i] for i in indices), loss=loss, accuracy=accuracy)
-                if checkpoints:
-                    checkpoints.after(step, last=steps)
+        return train_epochs(
+            engine,
+            batches,
+            lambda indices: self._train_batch(engine, rows[indices]),
+            None if heldout is None else lambda: self.evaluate(heldout),
+            config,
+            lengths=lengths,
+            tracker=tracker,
+            console=console,
+            checkpoints=checkpoints,
+        )
 
-    def evaluate(self, rows: Dataset) -> dict[str, float]:
-        """Loss per pair, share of pairs ranked right (ties count half), mean margin."""
-        self._model.eval()
-        margins = []
-        with torch.no_grad():
-            for pairs, weight in micro_batches(rows[:], self._config.micro_batch_size):
-                chosen, rejected = self._pair_scores(pairs)
-                margins.append((chosen - rejected)[: len(chosen) if weight else 0])
-        margin = distributed.gather_rows({"margin": torch.cat(margins)})["margin"]
-        right = (margin > 0).float() + 0.5 * (margin == 0).float()
+    def evaluate(self, rows: Dataset) -> Metrics:
+        """Loss per pair, without the margins of the data and the centring; share of pairs ranked
+        right (ties count half); mean and standard deviation of score differences."""
+        difference = self.differences(rows)
+        right = (difference > 0).float() + 0.5 * (difference == 0).float()
+        loss = preference_loss(difference, torch.zeros_like(difference))
         return {
-            "eval/loss": float(preference_loss(margin, torch.zeros_like(margin))) / len(margin),
+            "eval/loss": float(loss) / len(difference),
             "eval/accuracy": float(right.mean()),
-            "eval/margin": float(margin.mean()),
+            "eval/margin": float(difference.mean()),
+            "eval/margin_std": float(difference.std(correction=0)),
         }
+
+    @torch.no_grad()
+    def differences(self, rows: Dataset) -> Tensor:
+        """Chosen less rejected score of every pair, (n,) fp32; ranks have them in another order."""
+        self._model.eval()
+        found = []
+        for piece in pieces(rows):
+            for pairs, weight in micro_batches(piece, self._config.micro_batch_size):
+                chosen, rejected = self._pair_scores(pairs)
+                found.append((chosen - rejected)[: len(chosen) if weight else 0])
+        return distributed.gather_rows({"difference": torch.cat(found)})["difference"]
 
     def normalise(self, sequences: list[list[int]]) -> dict[str, float]:
         """Shift and scale so that these sequences score mean 0 and standard deviation 1.
@@ -117,17 +118,28 @@ class RewardTrainer:
         config.score_mean = (mean + getattr(config, "score_mean", 0.0)) / scale  # type: ignore[union-attr]
         return {"score_mean": mean, "score_std": std}
 
-    def _train_batch(self, engine: TrainingEngine, batch: Columns) -> tuple[float, float]:
+    def _train_batch(self, engine: TrainingEngine, batch: Columns) -> Metrics:
         count = len(batch["chosen_ids"])
-        total, right = 0.0, 0.0
+        sums = [0.0, 0.0, 0.0]  # loss, pairs ranked right, score differences
         for pairs, weight in micro_batches(batch, self._config.micro_batch_size):
             chosen, rejected = self._pair_scores(pairs)
-            loss = preference_loss(chosen, rejected) * (weight / count)
-            engine.backward(loss)
-            total += float(loss.detach())
-            right += weight * float((chosen > rejected).sum())
-        total, right = distributed.total(total, right)
-        return total, right / count
+            margin = torch.tensor(pairs.get("margin", 0.0), device=chosen.device)
+            loss = preference_loss(
+                chosen,
+                rejected,
+                margin,
+                centring_coef=self._config.centring_coef,
+            )
+            engine.backward(loss * (weight / count))
+            right, difference = (chosen > rejected).sum(), (chosen - rejected).detach().sum()
+            for i, value in enumerate((loss.detach(), right, difference)):
+                sums[i] += weight * float(value)
+        loss_sum, right_sum, difference_sum = distributed.total(*sums)
+        return {
+            "loss": loss_sum / count,
+            "accuracy": right_sum / count,
+            "margin": difference_sum / count,
+        }
 
     def _pair_scores(self, pairs: Columns) -> tuple[Tensor, Tensor]:
         """(B,) and (B,), from one forward over both sides."""

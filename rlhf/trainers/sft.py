@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import islice
 
 import torch
 from datasets import Dataset
@@ -17,8 +16,9 @@ from rlhf.config import SFTConfig
 from rlhf.data import RowBatches, collate_right
 from rlhf.engines import Engine, Engines, PlainEngine, TrainingEngine
 from rlhf.models import completion_logprobs
-from rlhf.tracking import ProgressBar, Tracker
-from rlhf.trainers.columns import Columns, micro_batches
+from rlhf.tracking import Tracker
+from rlhf.trainers.columns import Columns, micro_batches, pieces
+from rlhf.trainers.loop import Metrics, train_epochs
 
 
 class SFTTrainer:
@@ -46,50 +46,50 @@ class SFTTrainer:
         *,
         tracker: Tracker,
         console: Console,
+        heldout: Dataset | None = None,
         checkpoints: Checkpoints | None = None,
-    ) -> None:
+    ) -> Metrics:
+        """Returns the evaluation of the weights that are kept, {} without `heldout`."""
         config = self._config
         lengths = [len(ids) for ids in rows["input_ids"]]
         batches = RowBatches(len(rows), config.batch_size, lengths=lengths, seed=self._seed)
         steps = len(batches) * config.epochs
         engine = self._engines.training(self._model, config.optimizer, total_steps=steps)
         self.engine = engine
-        done = checkpoints.begin({"model": engine}, {"data": batches}) if checkpoints else 0
-        tracker.rewind(done)
-        self._model.train()
-        with ProgressBar("SFT", steps, console, done=done) as bar:
-            for step, indices in enumerate(islice(batches, steps - done), done + 1):
-                loss = self._train_batch(engine, rows[indices])
-                info = engine.step()
-                tracker.log(
-                    step,
-                    {"loss": loss, "lr": info.learning_rate, "grad_norm": info.grad_norm},
-                )
-                bar.advance(tokens=sum(lengths[i] for i in indices), loss=loss)
-                if checkpoints:
-                    checkpoints.after(step, last=steps)
+        return train_epochs(
+            engine,
+            batches,
+            lambda indices: self._train_batch(engine, rows[indices]),
+            None if heldout is None else lambda: self.evaluate(heldout),
+            config,
+            lengths=lengths,
+            tracker=tracker,
+            console=console,
+            checkpoints=checkpoints,
+        )
 
-    def evaluate(self, rows: Dataset) -> dict[str, float]:
+    def evaluate(self, rows: Dataset) -> Metrics:
         """Mean loss per completion token, and its exponential."""
         self._model.eval()
         total, count = 0.0, 0.0
         with torch.no_grad():
-            for batch, weight in micro_batches(rows[:], self._config.micro_batch_size):
-                logprobs = self._logprobs(batch)
-                total -= weight * float(logprobs.sum())
-                count += weight * logprobs.numel()
+            for piece in pieces(rows):
+                for batch, weight in micro_batches(piece, self._config.micro_batch_size):
+                    logprobs = self._logprobs(batch)
+                    total -= weight * float(logprobs.sum())
+                    count += weight * logprobs.numel()
         total, count = distributed.total(total, count)
         loss = total / max(1.0, count)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
 
-    def _train_batch(self, engine: TrainingEngine, batch: Columns) -> float:
+    def _train_batch(self, engine: TrainingEngine, batch: Columns) -> Metrics:
         count = sum(sum(mask[1:]) for mask in batch["loss_mask"])
         total = 0.0
         for micro, weight in micro_batches(batch, self._config.micro_batch_size):
             loss = -self._logprobs(micro).sum() * (weight / max(1, count))
             engine.backward(loss)
             total += float(loss.detach())
-        return distributed.total(total)[0]
+        return {"loss": distributed.total(total)[0]}
 
     def _logprobs(self, batch: Columns) -> Tensor:
         device = next(self._model.parameters()).device

@@ -20,7 +20,6 @@ from transformers import (
 
 import hybrid_engine as he
 from hybrid_engine.models import FAMILIES
-from hybrid_engine.models import family as families
 from rlhf.data import train_tokenizer
 
 IDS = torch.tensor([[0, 0, 1, 5, 9], [1, 7, 20, 21, 22]])
@@ -397,17 +396,58 @@ def test_wrapped_model(model: Any) -> None:
     assert served(wrapper) == 1
 
 
-def test_broken_table_is_caught(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gate and up exchanged: fluent, wrong, and seen from the first layer on."""
-    up, gate = reversed(families.LLAMA.mlp_up)
-    broken = dataclasses.replace(families.LLAMA, mlp_up=(up, gate))
-    monkeypatch.setitem(FAMILIES, "llama", broken)
+BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gate-and-up": ("llama", {"mlp_up": ("mlp.up_proj", "mlp.gate_proj")}, "from layer 0 on"),
+    "keys-and-values": (
+        "llama",
+        {"qkv": ("self_attn.q_proj", "self_attn.v_proj", "self_attn.k_proj")},
+        "from layer 0 on",
+    ),
+    "norms": (
+        "llama",
+        {"attention_norm": "post_attention_layernorm", "mlp_norm": "input_layernorm"},
+        "from layer 0 on",
+    ),
+    "norm-offset": ("gemma2", {"norm_weight_offset": 0.0}, "from layer 0 on"),
+    "activation": ("gpt2", {"activation": lambda config: "relu"}, "from layer 0 on"),
+    "positions": ("opt", {"position_offset": 1}, "from layer 0 on"),
+    "second-layer-window": (
+        "mistral",
+        {"window": lambda config, layer: 4 * (layer == 1)},
+        "from layer 1 on",
+    ),
+    "final-norm": ("llama", {"final_norm": "model.layers.0.input_layernorm"}, "after the last"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_table_is_caught(build, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Fluent, wrong, and seen from the layer on that goes wrong; HF's own loop stays."""
+    family, fields, where = BROKEN[name]
+    model = build(family, **({"sliding_window": None} if family == "mistral" else {}))
     expected = model.generate(IDS, do_sample=False, **OPTIONS)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setitem(FAMILIES, family, dataclasses.replace(FAMILIES[family], **fields))
     cls = type(model)
-    with pytest.warns(RuntimeWarning, match="self-check failed.*from layer 0"):
+    with pytest.warns(RuntimeWarning, match=f"self-check failed.*{where}"):
         he.accelerate(model)
     assert type(model) is cls
+    assert he.acceleration(model) is None
     assert torch.equal(model.generate(IDS, do_sample=False, **OPTIONS), expected)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_check_passes_in_fewer_bits(build, family: str, dtype: str) -> None:
+    """Weights of that type, and weights in fp32 with rollouts of that type."""
+    for model, config in (
+        (build(family).to(getattr(torch, dtype)), None),
+        (build(family), he.EngineConfig(dtype=dtype)),
+    ):
+        state = he.acceleration(he.accelerate(model, config))
+        assert state is not None
+        assert state.check.passed
 
 
 def test_speedup_is_measured_on_both_loops(model: Any) -> None:

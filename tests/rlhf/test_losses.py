@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.losses import policy_loss, preference_loss, value_loss
+from rlhf.losses import dpo_loss, policy_loss, preference_loss, value_loss
 
 SHAPES = pytest.mark.parametrize(
     "shape", [(1, 1), (3, 7), (8, 63)], ids=lambda s: f"B{s[0]}-T{s[1]}"
@@ -187,3 +187,57 @@ def test_global_token_mean_over_micro_batches() -> None:
     whole, halves = [slice(0, 6)], [slice(0, 1), slice(1, 6)]
     torch.testing.assert_close(gradient(halves, "global"), gradient(whole, "global"))
     assert not torch.allclose(gradient(halves, "micro"), gradient(whole, "global"), rtol=0.05)
+
+
+def plain_dpo(c, r, rc, rr, *, beta, kind, smoothing) -> float:
+    total = 0.0
+    for i in range(len(c)):
+        h = (c[i] - rc[i]) - (r[i] - rr[i])
+        if kind == "ipo":
+            total += (h - 0.5 / beta) ** 2
+        else:
+            right, wrong = (math.log(1 / (1 + math.exp(-sign * beta * h))) for sign in (1, -1))
+            total += -(1 - smoothing) * right - smoothing * wrong
+    return total
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "smoothing"),
+    [("sigmoid", 0.1, 0.0), ("sigmoid", 0.5, 0.2), ("ipo", 0.1, 0.0)],
+    ids=["sigmoid", "smoothed", "ipo"],
+)
+def test_dpo_loss_by_hand(kind: str, beta: float, smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logprobs = [-20 * torch.rand(5, generator=generator) for _ in range(4)]
+    found = dpo_loss(*logprobs, beta=beta, kind=kind, label_smoothing=smoothing)
+    plain = plain_dpo(*(x.tolist() for x in logprobs), beta=beta, kind=kind, smoothing=smoothing)
+    assert float(found.loss) == pytest.approx(plain, rel=1e-5)
+    torch.testing.assert_close(found.chosen_rewards, beta * (logprobs[0] - logprobs[2]))
+    torch.testing.assert_close(found.rejected_rewards, beta * (logprobs[1] - logprobs[3]))
+
+
+def test_dpo_of_the_reference_itself() -> None:
+    """Every pair is a coin toss; IPO is as far from its aim as the aim is from 0."""
+    x, y = torch.tensor([-3.0, -9.0]), torch.tensor([-5.0, -1.0])
+    assert float(dpo_loss(x, y, x, y, beta=0.3).loss) == pytest.approx(2 * math.log(2))
+    assert float(dpo_loss(x, y, x, y, beta=0.25, kind="ipo").loss) == pytest.approx(2 * 4.0)
+
+
+def test_dpo_of_extreme_pairs_stays_finite() -> None:
+    far = torch.tensor([-1e4, 0.0], requires_grad=True)
+    loss = dpo_loss(far, far.flip(0), torch.zeros(2), torch.zeros(2), beta=1.0).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(far.grad).all()
+
+
+def test_margin_and_centring_by_hand() -> None:
+    chosen, rejected, margin = (
+        torch.tensor([2.0, 1]),
+        torch.tensor([1.0, 3]),
+        torch.tensor([0.5, 0]),
+    )
+    expected = math.log(1 + math.exp(-0.5)) + math.log(1 + math.exp(2.0))
+    assert float(preference_loss(chosen, rejected, margin)) == pytest.approx(expected, rel=1e-6)
+    centred = preference_loss(chosen, rejected, margin, centring_coef=0.1)
+    assert float(centred) == pytest.approx(expected + 0.1 * (3**2 + 4**2), rel=1e-6)

@@ -148,3 +148,46 @@ def test_normalising_on_too_few_sequences_stays_finite(scorer, tokenizer, rows, 
     assert torch.isfinite(model.score.weight).all()
     others = all_scores(model, list(rows["rejected_ids"]))
     assert others.abs().max() < 100
+
+
+def with_margins(rows: Dataset, margins: list[float]) -> Dataset:
+    return rows.remove_columns("margin").add_column("margin", margins)
+
+
+@pytest.mark.parametrize("micro", [12, 5])
+def test_margins_and_centring_enter_the_loss(
+    scorer, tokenizer, rows, tmp_path, console, micro: int
+) -> None:
+    margins = [0.25 * i for i in range(12)]
+    model, plain = scorer(), scorer()
+    found = differences(plain, rows)
+    pairs = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
+    sums = torch.stack([score(plain, a) + score(plain, b) for a, b in pairs])
+    loss = (nn.functional.softplus(torch.tensor(margins) - found) + 0.3 * sums.square()).mean()
+    history = train(
+        model, tokenizer, with_margins(rows, margins), tmp_path, console, micro_batch_size=micro,
+        centring_coef=0.3,
+    )  # fmt: skip
+    assert history[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert history[0]["margin"] == pytest.approx(float(found.detach().mean()), rel=1e-4)
+
+
+def test_a_larger_margin_drives_scores_further_apart(scorer, tokenizer, rows, tmp_path, console):
+    found = []
+    for margin in (0.0, 5.0):
+        model = scorer()
+        train(model, tokenizer, with_margins(rows, [margin] * 12), tmp_path, console, epochs=15)
+        found.append(RewardTrainer(model, tokenizer, config()).evaluate(rows)["eval/margin"])
+    assert found[1] > found[0] + 0.5
+
+
+def test_centring_keeps_scores_about_zero(scorer, tokenizer, rows, tmp_path, console) -> None:
+    found = []
+    for coef in (0.0, 0.1):
+        model = scorer()
+        with torch.no_grad():
+            model.score.weight.mul_(3)
+        train(model, tokenizer, rows, tmp_path, console, epochs=15, centring_coef=coef)
+        levels = all_scores(model, list(rows["chosen_ids"]) + list(rows["rejected_ids"]))
+        found.append(float(levels.mean().abs()))
+    assert found[1] < 0.5 * found[0]

@@ -1,0 +1,117 @@
+"""Epochs over rows: what SFT, reward model and DPO have in common."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from rlhf import distributed
+from rlhf.checkpoint import Checkpoints
+from rlhf.data import RowBatches
+from rlhf.engines import TrainingEngine
+from rlhf.tracking import ProgressBar, Tracker
+
+Metrics = dict[str, float]
+
+WATCHED = ("loss", "accuracy", "rewards/accuracies", "eval/loss")  # beside the progress bar
+
+
+class BestWeights:
+    """What the engine was when the held-out loss was lowest, on disk until it is taken back."""
+
+    def __init__(self, engine: TrainingEngine, folder: Path) -> None:
+        self.step = 0  # of the best evaluation, 0: none yet
+        self.metrics: Metrics = {}
+        self._engine = engine
+        self._folder = folder
+
+    def offer(self, step: int, metrics: Metrics, *, last: bool, keep: bool) -> None:
+        """Keep the weights of this evaluation if they are better; without `keep`, only the last."""
+        better = not self.metrics or metrics["eval/loss"] < self.metrics["eval/loss"]
+        if not (better if keep else last):
+            return
+        self.step, self.metrics = step, {**metrics, "eval/step": float(step)}
+        if last:  # the engine has them
+            return
+        if distributed.is_first():
+            self._folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        self._engine.save(self._folder)
+
+    def take_back(self, last_step: int) -> None:
+        """Give the engine its best weights again."""
+        if self.step and self.step != last_step:
+            self._engine.load(self._folder)
+        distributed.barrier()
+        if distributed.is_first():
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "metrics": self.metrics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.metrics = state["step"], state["metrics"]
+
+
+class Schedule(Protocol):
+    """What the configurations of these steps share."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def eval_steps(self) -> int | None: ...
+    @property
+    def keep_best(self) -> bool: ...
+
+
+def train_epochs(
+    engine: TrainingEngine,
+    batches: RowBatches,
+    train_batch: Callable[[list[int]], Metrics],
+    evaluate: Callable[[], Metrics] | None,
+    schedule: Schedule,
+    *,
+    lengths: Sequence[int],
+    tracker: Tracker,
+    console: Console,
+    checkpoints: Checkpoints | None = None,
+) -> Metrics:
+    """Train, evaluate now and then, and end with the best weights, or the last.
+
+    Args:
+        train_batch: backward passes of the rows with these indices; returns what to log.
+        evaluate: measures "eval/loss" and others on held-out rows; None: never.
+        lengths: tokens of each row, for the progress bar.
+
+    Returns the evaluation of the weights that the engine ends with, and its step as "eval/step";
+    {} without `evaluate`.
+    """
+    steps = len(batches) * schedule.epochs
+    every = schedule.eval_steps or len(batches)
+    best = BestWeights(engine, tracker.folder / f".{tracker.name}.best")
+    done = 0
+    if checkpoints is not None:
+        done = checkpoints.begin({"model": engine}, {"data": batches, "best": best})
+    tracker.rewind(done)
+    with ProgressBar(tracker.name, steps, console, done=done) as bar:
+        for step in range(done + 1, steps + 1):
+            engine.module.train()
+            indices = next(batches)
+            metrics = train_batch(indices)
+            info = engine.step()
+            metrics |= {"lr": info.learning_rate, "grad_norm": info.grad_norm}
+            if evaluate is not None and (step == steps or step % every == 0):
+                found = evaluate()
+                metrics |= found
+                best.offer(step, found, last=step == steps, keep=schedule.keep_best)
+            tracker.log(step, metrics)
+            watched = {name: metrics[name] for name in WATCHED if name in metrics}
+            bar.advance(tokens=sum(lengths[i] for i in indices), **watched)
+            if checkpoints is not None:
+                checkpoints.after(step, last=steps)
+    best.take_back(steps)
+    return best.metrics
