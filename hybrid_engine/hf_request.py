@@ -13,6 +13,7 @@ from transformers.generation import logits_process
 from transformers.generation import stopping_criteria as stopping
 
 from hybrid_engine.generation import SamplingParams
+from hybrid_engine.weights import sharded_parameters, whole_shape
 
 
 class NotServedError(Exception):
@@ -65,7 +66,7 @@ def read_request(
 ) -> Request:
     """A call of HF's decoding loop. Raises NotServedError."""
     _check_model(model)
-    _check_outputs(config, streamer, model_kwargs)
+    _check_outputs(model, config, streamer, model_kwargs)
     mask = model_kwargs.get("attention_mask")
     prompts = _prompts(input_ids, mask)
     _check_positions(model_kwargs.get("position_ids"), mask, input_ids)
@@ -104,7 +105,7 @@ def read_batch_request(
 
 def head_rows(model: Any) -> int:
     """Tokens that the model can say."""
-    return model.get_output_embeddings().weight.shape[0]
+    return whole_shape(model.get_output_embeddings().weight)[0]
 
 
 def _sampling_options(
@@ -129,8 +130,6 @@ def _pad_token_id(config: GenerationConfig) -> int:
 def _check_model(model: nn.Module) -> None:
     if model.training and any(map(_drops, model.modules())):
         raise NotServedError("dropout is active in train mode; call model.eval()")
-    if any(getattr(parameter, "ds_status", None) is not None for parameter in model.parameters()):
-        raise NotServedError("the parameters are partitioned by ZeRO-3")
 
 
 def _drops(module: nn.Module) -> bool:
@@ -141,9 +140,14 @@ def _drops(module: nn.Module) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def _check_outputs(config: GenerationConfig, streamer: Any, model_kwargs: dict[str, Any]) -> None:
+def _check_outputs(
+    model: nn.Module, config: GenerationConfig, streamer: Any, model_kwargs: dict[str, Any]
+) -> None:
     if streamer is not None:
         raise NotServedError("a streamer")
+    if (config.output_scores or config.output_logits) and sharded_parameters(model) is not None:
+        # they are computed when they are read, by a forward in which every rank would have to join
+        raise NotServedError("scores of a model that ZeRO-3 partitions")
     if config.return_dict_in_generate:
         for name in _OUTPUTS:
             if getattr(config, name):

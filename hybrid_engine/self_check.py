@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hybrid_engine.engine import HybridEngine
 from hybrid_engine.generation import SamplingParams
 from hybrid_engine.models import find_family
+from hybrid_engine.weights import whole_shape
 
 PROMPT_LENGTHS = (11, 1, 5)
 NEW_TOKENS = 4
@@ -62,7 +63,7 @@ def self_check(model: nn.Module, engine: HybridEngine) -> SelfCheck:
 
 
 def _compare(model: Any, engine: HybridEngine) -> SelfCheck:
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = whole_shape(model.get_input_embeddings().weight)[0]
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(0)
     prompts = [

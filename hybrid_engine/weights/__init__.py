@@ -5,7 +5,7 @@ from hybrid_engine.weights.fused import FusedParameters
 from hybrid_engine.weights.gather import LayerStream, collect_only, fill
 from hybrid_engine.weights.pieces import LowRank, Piece, Placement, Range, whole
 from hybrid_engine.weights.shadow import Shadow
-from hybrid_engine.weights.shards import ShardedParameters, sharded_parameters
+from hybrid_engine.weights.shards import ShardedParameters, sharded_parameters, whole_shape
 from hybrid_engine.weights.unit import ShardedUnit, Unit, WholeUnit
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "rows_by_head",
     "sharded_parameters",
     "whole",
+    "whole_shape",
 ]

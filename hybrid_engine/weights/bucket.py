@@ -22,14 +22,19 @@ class Place:
 class Bucket:
     """The runs of some parameters, gathered by one collective.
 
-    DeepSpeed keeps the trained parameters of a group in one flat buffer. Sorted by address their
-    runs are one slice of it, which is sent as it lies; runs that lie apart are copied together.
-    Parameters of several dtypes travel as bytes, the wide ones first.
+    DeepSpeed keeps the trained parameters in one flat buffer. In the order in which they lie there
+    their runs are one slice of it, which is sent as it is; runs that lie apart are copied together.
+    The order is the same on all ranks, so it does not depend on addresses. Parameters of several
+    dtypes travel as bytes, the wide ones first.
     """
 
     def __init__(self, parameters: list[nn.Parameter], shards: ShardedParameters) -> None:
-        def order(parameter: nn.Parameter) -> tuple[int, int]:
-            return -parameter.dtype.itemsize, shards.run(parameter).data_ptr()
+        storages: dict[int, int] = {}  # in the order of their first parameter
+
+        def order(parameter: nn.Parameter) -> tuple[int, int, int]:
+            run = shards.run(parameter)
+            storage = storages.setdefault(run.untyped_storage().data_ptr(), len(storages))
+            return -parameter.dtype.itemsize, storage, int(run.storage_offset())
 
         self._shards = shards
         self._parameters = sorted(parameters, key=order)

@@ -68,7 +68,7 @@ class Zero3Parameters:
         return self._group
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        return parameter.ds_shape  # type: ignore[attr-defined]
+        return whole_shape(parameter)
 
     def run(self, parameter: nn.Parameter) -> Tensor:
         return parameter.ds_tensor.data  # type: ignore[attr-defined]
@@ -94,6 +94,11 @@ def sharded_parameters(model: nn.Module) -> ShardedParameters | None:
             "deepspeed.initialize"
         )
     return Zero3Parameters(named.values())
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a parameter, partitioned or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _check(parameter: Any) -> None:

@@ -14,14 +14,15 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 # DeepSpeed calls collectives by names that newer torch deprecates.
 warnings.filterwarnings("ignore", category=FutureWarning)
 
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "opt", "gpt2", "gpt_neox", "bloom"]
+
 for module in (
     "torch",
     "deepspeed",
     "torch._dynamo",
     "torch._inductor.utils",
     "deepspeed.compile.backend",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.opt.modeling_opt",
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
     "peft",
     "pytest",
     "hybrid_engine",

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 import hybrid_engine as he
 from tests.distributed.ranks import run_ranks
@@ -51,7 +52,7 @@ def whole_model(module):
 
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         state = {name: value.clone() for name, value in module.state_dict().items()}
-    model = type(module)(copy.deepcopy(module.config))
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(module.config))
     for parameter in model.parameters():  # not the rotary frequencies, which DeepSpeed leaves alone
         parameter.data = parameter.data.to(module.dtype)
     model.load_state_dict(state)
@@ -99,36 +100,29 @@ def test_the_copy_is_bit_equal_by_one_collective_a_layer(family, bf16, zero, wor
         assert gathers == layers + 1
 
 
-def _streamed(config, low_on_rank):
+def _streamed(cases):
+    """How many storages the copy has, case by case."""
     rank = dist.get_rank()
     module = initialize(build("llama")).module
     alone = he.HybridEngine(whole_model(module)).generate(prompts_of(rank), GREEDY)
-    engine = he.HybridEngine(module, he.EngineConfig(**config))
-    free = 1000 if rank == low_on_rank else 2**40
-    with mock.patch("hybrid_engine.joint.free_bytes", return_value=free), engine.rollout():
-        held = sum(parameter.numel() for parameter in copies_of(engine).values())
-        storages = {p.untyped_storage().data_ptr() for p in copies_of(engine).values()}
-        rollout = engine.generate(prompts_of(rank), GREEDY)
-    assert torch.equal(rollout.tokens, alone.tokens)
-    assert torch.equal(rollout.logprobs, alone.logprobs)
-    return len(storages), held
+    storages = []
+    for config, low_on_rank in cases:
+        engine = he.HybridEngine(module, he.EngineConfig(**config))
+        free = 1000 if rank == low_on_rank else 2**40
+        with mock.patch("hybrid_engine.joint.free_bytes", return_value=free), engine.rollout():
+            addresses = {p.untyped_storage().data_ptr() for p in copies_of(engine).values()}
+            storages.append(len(addresses))
+            rollout = engine.generate(prompts_of(rank), GREEDY)
+        assert torch.equal(rollout.tokens, alone.tokens)
+        assert torch.equal(rollout.logprobs, alone.logprobs)
+    return storages
 
 
-@pytest.mark.parametrize(
-    ("config", "low_on_rank", "streams"),
-    [
-        ({"pin_parameters": True}, 0, False),
-        ({"pin_parameters": False}, None, True),
-        ({}, None, False),
-        ({}, 1, True),
-    ],
-    ids=["pin", "stream", "memory", "no_memory_on_one_rank"],
-)
-def test_layers_stream_through_one_layers_memory_where_there_is_no_more(
-    config, low_on_rank, streams
-):
-    for storages, _ in run_ranks(_streamed, config, low_on_rank):
-        assert storages == (2 if streams else 3)  # one for what is in no layer
+def test_layers_stream_through_one_layers_memory_where_there_is_no_more():
+    cases = [({"pin_parameters": True}, 0), ({"pin_parameters": False}, None), ({}, None), ({}, 1)]
+    pinned, streamed = 3, 2  # two layers or one, and what is in no layer
+    for storages in run_ranks(_streamed, cases):
+        assert storages == [pinned, streamed, pinned, streamed]
 
 
 def _adjacent():
@@ -145,29 +139,29 @@ def test_trained_partitions_are_sent_where_they_lie():
     run_ranks(_adjacent)
 
 
-def _step_between(stage, config):
-    rank = dist.get_rank()
-    trainer = initialize(build("llama"), stage=stage)
-    engine = he.HybridEngine(trainer.module, he.EngineConfig(**config))
-    before = engine.generate(prompts_of(rank), GREEDY)
-    train_one_step(trainer)
-    after = engine.generate(prompts_of(rank), GREEDY)
-    assert not torch.equal(before.tokens, after.tokens)
-    reference = initialize(build("llama"), stage=stage)  # never rolled out
-    train_one_step(reference)
-    train_one_step(trainer)
-    train_one_step(reference)
-    plain = whole_model if stage == 3 else copy.deepcopy
-    for name, parameter in plain(reference.module).named_parameters():
-        assert torch.equal(parameter, dict(plain(trainer.module).named_parameters())[name]), name
-    alone = he.HybridEngine(plain(trainer.module)).generate(prompts_of(rank), GREEDY)
-    assert torch.equal(engine.generate(prompts_of(rank), GREEDY).tokens, alone.tokens)
+def _step_between(stage):
+    prompts = prompts_of(dist.get_rank())
+    trainer, reference = (initialize(build("llama"), stage=stage) for _ in range(2))
+    engines = [
+        he.HybridEngine(trainer.module, he.EngineConfig(inference_tp_size=size)) for size in (1, 2)
+    ]
+    before = engines[0].generate(prompts, GREEDY).tokens
+    for _ in range(2):
+        train_one_step(trainer)
+        train_one_step(reference)  # never rolled out
+        expected = whole_model(reference.module) if stage == 3 else copy.deepcopy(reference.module)
+        found = whole_model(trainer.module) if stage == 3 else trainer.module
+        for parameter, other in zip(expected.parameters(), found.parameters(), strict=True):
+            assert torch.equal(parameter, other)
+        alone = he.HybridEngine(expected).generate(prompts, GREEDY).tokens
+        assert not torch.equal(alone, before)
+        for engine in engines:
+            assert torch.equal(engine.generate(prompts, GREEDY).tokens, alone)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3], ids=lambda stage: f"zero{stage}")
-@pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")
-def test_training_goes_on_as_if_there_were_no_rollout_and_the_next_one_sees_it(stage, size):
-    run_ranks(_step_between, stage, {"inference_tp_size": size})
+def test_training_goes_on_as_if_there_were_no_rollout_and_the_next_one_sees_it(stage):
+    run_ranks(_step_between, stage)
 
 
 def _refused(change):

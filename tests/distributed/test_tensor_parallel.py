@@ -10,10 +10,6 @@ import hybrid_engine as he
 from tests.distributed.ranks import run_ranks
 from tests.engine.conftest import _build as build
 
-FAMILIES = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "opt", "gpt2", "gpt_neox", "bloom",
-]  # fmt: skip
-
 
 def prompts_of(rank, count=3):
     """Ragged, different on every rank."""
@@ -42,7 +38,10 @@ GREEDY = {"max_new_tokens": 12, "temperature": 0.0}
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "opt", "gpt2", "gpt_neox", "bloom"],
+)
 def test_greedy_tokens_equal_one_rank(family):
     config = {"inference_tp_size": 2}
     for error in run_ranks(_compare_with_one_rank, family, {}, config, GREEDY):
