@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import distributed
 from rlhf.checkpoint import Checkpoints
-from rlhf.config import STEPS, DataConfig, RunConfig
+from rlhf.config import STEPS, DataConfig, DPOConfig, PPOConfig, RunConfig
 from rlhf.data import (
     DataBlend,
     Purpose,
@@ -47,7 +47,14 @@ from rlhf.models import (
 from rlhf.progress import Progress
 from rlhf.rewards import Reward, load_function
 from rlhf.tracking import ProgressBar, Stopwatch, Tracker, read_history
-from rlhf.trainers import PPOTrainer, RewardTrainer, RLHFEngine, SFTTrainer
+from rlhf.trainers import (
+    DPOTrainer,
+    PPOTrainer,
+    RewardTrainer,
+    RLHFEngine,
+    SFTTrainer,
+    calibration,
+)
 
 NORMALISATION_ROWS = 512  # demonstrations on which the reward model is set to mean 0, std 1
 
@@ -83,7 +90,7 @@ class Pipeline:
         distributed.decided_by_first(
             lambda: write_report(self.report, self.folder, self._console, name=name)
         )
-        if self.report.after is not None:  # now PPO too has nothing left to resume
+        if self.report.after and not self.report.dpo:  # now PPO too has nothing left to resume
             self._end("ppo")
         return self.report
 
@@ -124,19 +131,21 @@ class Pipeline:
                 model, tokenizer, config, seed=self.config.seed, engines=self._engines
             )
             with Tracker(self.folder, "reward", resume=self._progress.resume) as tracker:
+                heldout = _encoded(data, "test", tokenizer)
                 self.report.reward = trainer.train(
                     _encoded(data, "train", tokenizer),
-                    heldout=_encoded(data, "test", tokenizer),
+                    heldout=heldout,
                     tracker=tracker,
                     console=self._console,
                     checkpoints=self._progress.checkpoints("reward"),
                 )
+                self.report.calibration = calibration(trainer.differences(heldout))
                 self.report.histories["reward"] = tracker.history
             demonstrations = self._data(self.config.sft.data, "demonstrations")
             sample = _encoded(demonstrations, "train", tokenizer)[:NORMALISATION_ROWS]
             self.report.reward |= trainer.normalise(sample["input_ids"])
             self._save(trainer.engine, tokenizer, "reward", base=path)
-        self._end("reward", reward=self.report.reward)
+        self._end("reward", reward=self.report.reward, calibration=self.report.calibration)
 
     def ppo(self) -> None:
         config = self.config.ppo
@@ -166,7 +175,40 @@ class Pipeline:
                 averages = trainer.average.weights()
                 self._save(trainer.actor, tokenizer, "actor_ema", base=actor_path, over=averages)
         with self._watch("evaluation"):
-            self._evaluate(trainer.actor, trainer.reference, reward, tokenizer)
+            self._evaluate(trainer.actor, trainer.reference, reward, tokenizer, config)
+        self._end("ppo")
+
+    def dpo(self) -> None:
+        config = self.config.dpo
+        path = config.model_path or self._from_step("sft", "dpo.model_path")
+        with self._watch("DPO"):
+            self._seed()
+            tokenizer = load_tokenizer(path)
+            model = load_causal_lm(path, tokenizer, dtype=self._dtype)
+            add_adapters(model, self.config.model.lora)
+            self.report.parameters = parameter_count(model)
+            self._seed_ranks()
+            data = self._data(config.data, "preferences")
+            trainer = DPOTrainer(
+                model, tokenizer, config, seed=self.config.seed, engines=self._engines
+            )
+            with Tracker(self.folder, "dpo", resume=self._progress.resume) as tracker:
+                self.report.dpo = trainer.train(
+                    _encoded(data, "train", tokenizer),
+                    heldout=_encoded(data, "test", tokenizer),
+                    tracker=tracker,
+                    console=self._console,
+                    checkpoints=self._progress.checkpoints("dpo"),
+                )
+                self.report.histories["dpo"] = tracker.history
+            self._save(trainer.engine, tokenizer, "dpo", base=path)
+        if self._metric is not None:
+            with self._watch("evaluation"):
+                reward = Reward([self._metric])
+                sft = load_causal_lm(path, tokenizer, dtype=self._dtype)
+                reference = self._engines.frozen(sft, role="reference")
+                self._evaluate(trainer.engine, reference, reward, tokenizer, config)
+        self._end("dpo", dpo=self.report.dpo)
 
     def _reward_path(self) -> str | None:
         """Of the reward model; None where functions alone score."""
@@ -237,11 +279,12 @@ class Pipeline:
         sft: Engine,
         reward: Reward,
         tokenizer: PreTrainedTokenizerBase,
+        step: PPOConfig | DPOConfig,
     ) -> None:
-        ppo, evaluation = self.config.ppo, self.config.evaluation
-        rows = _encoded(self._data(ppo.data, "prompts"), "test", tokenizer)
+        evaluation = self.config.evaluation
+        rows = _encoded(self._data(step.data, "prompts"), "test", tokenizer)
         rows = rows.select(range(min(evaluation.prompts, len(rows))))
-        options: dict[str, Any] = {"max_new_tokens": ppo.max_new_tokens, "metric": self._metric}
+        options: dict[str, Any] = {"max_new_tokens": step.max_new_tokens, "metric": self._metric}
         self.report.before = evaluate_policy(sft, sft, reward, tokenizer, rows, **options)
         self.report.after = evaluate_policy(actor, sft, reward, tokenizer, rows, **options)
         answers = zip(
@@ -253,11 +296,11 @@ class Pipeline:
             for prompt, before, after in list(answers)[: evaluation.samples]
         ]
         if evaluation.compare_hf_generate:
-            prompts = list(rows["input_ids"])[: ppo.batch_size]
+            prompts = list(rows["input_ids"])[: step.batch_size]
             with actor.gathered():
                 if distributed.is_first():
                     self.report.throughput = compare_with_hf_generate(
-                        actor.module, tokenizer, prompts, max_new_tokens=ppo.max_new_tokens
+                        actor.module, tokenizer, prompts, max_new_tokens=step.max_new_tokens
                     )
             distributed.barrier()
 

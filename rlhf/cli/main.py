@@ -16,6 +16,7 @@ STEPS = {
     "run": "all three steps: SFT, reward model, PPO, and the report",
     "sft": "step 1, supervised fine-tuning",
     "reward": "step 2, the reward model",
+    "dpo": "instead of reward model and PPO: learn from preference pairs directly",
     "ppo": "step 3, PPO, on the models in output_dir or the given ones",
 }
 
@@ -78,8 +79,7 @@ def _dispatch(command: str, parser: ArgumentParser, arguments: Namespace) -> Non
     from rlhf.pipeline import Pipeline
 
     pipeline = Pipeline(config)
-    steps = {"run": pipeline.run, "sft": pipeline.sft, "reward": pipeline.reward}
-    steps.get(command, pipeline.ppo)()
+    getattr(pipeline, command)()
     if command != "run":
         pipeline.finish(command)
 

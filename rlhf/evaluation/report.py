@@ -9,6 +9,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,6 +30,9 @@ class RunReport:
     seconds: dict[str, float] = field(default_factory=dict)  # wall time of each step
     sft: dict[str, float] | None = None
     reward: dict[str, float] | None = None
+    dpo: dict[str, float] | None = None
+    # of the reward model, held out: how sure it is, how often right then, of how many pairs
+    calibration: list[tuple[float, float, int]] = field(default_factory=list)
     before: PolicyEvaluation | None = None
     after: PolicyEvaluation | None = None
     throughput: Throughput | None = None
@@ -42,7 +46,7 @@ def write_report(
     """Write the report as <name>.md, .json and .png (the curves), and print the summary."""
     rows = summary_rows(report)
     path = folder / f"{name}.md"
-    plot_curves(report.histories, path.with_suffix(".png"))
+    plot_curves(report.histories, path.with_suffix(".png"), calibration=report.calibration)
     _write(path.with_suffix(".json"), json.dumps(_record(report), indent=2) + "\n")
     _write(path, _markdown(report, rows, name))
     table = Table(title="summary")
@@ -61,19 +65,28 @@ def summary_rows(report: RunReport) -> list[tuple[str, str]]:
         rows.append(("SFT loss, held out", f"{report.sft['eval/loss']:.3f}"))
     if report.reward:
         rows.append(("reward accuracy, held out", f"{report.reward['eval/accuracy']:.3f}"))
+        rows.append(("reward margin, held out", f"{report.reward['eval/margin']:.3f}"))
+    if report.calibration:
+        error = _calibration_error(report.calibration)
+        rows.append(("reward calibration error, held out", f"{error:.3f}"))
+    if report.dpo:
+        accuracy, margin = report.dpo["eval/rewards/accuracies"], report.dpo["eval/rewards/margins"]
+        rows.append(("DPO accuracy, held out", f"{accuracy:.3f}"))
+        rows.append(("DPO margin, held out, nats times beta", f"{margin:.3f}"))
     if report.before and report.after:
         before, after = report.before, report.after
-        rows.append(("reward score, SFT -> PPO", f"{before.score:.2f} -> {after.score:.2f}"))
+        change = f"SFT -> {_method(report)}"
+        rows.append((f"reward score, {change}", f"{before.score:.2f} -> {after.score:.2f}"))
         if before.quality is not None and after.quality is not None:
             gain = after.quality - before.quality
             rows.append(
                 (
-                    "true quality, SFT -> PPO",
+                    f"true quality, {change}",
                     f"{before.quality:.3f} -> {after.quality:.3f} ({gain:+.3f})",
                 )
             )
         rows.append(("KL from SFT, nats per response", f"{after.kl:.2f}"))
-        rows.append(("response length, SFT -> PPO", f"{before.length:.1f} -> {after.length:.1f}"))
+        rows.append((f"response length, {change}", f"{before.length:.1f} -> {after.length:.1f}"))
     if report.throughput:
         speed = report.throughput
         rows.append(("rollout tokens/s", f"{speed.engine:,.0f}"))
@@ -84,8 +97,13 @@ def summary_rows(report: RunReport) -> list[tuple[str, str]]:
     return rows
 
 
-def plot_curves(histories: dict[str, History], path: Path) -> None:
-    """One panel for each curve worth seeing."""
+def plot_curves(
+    histories: dict[str, History],
+    path: Path,
+    *,
+    calibration: Sequence[tuple[float, float, int]] = (),
+) -> None:
+    """One panel for each curve worth seeing, and one for the reward model's calibration."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,17 +112,23 @@ def plot_curves(histories: dict[str, History], path: Path) -> None:
     curves = [
         ("sft", "loss", "SFT: loss"),
         ("reward", "accuracy", "reward model: batch accuracy"),
+        ("dpo", "loss", "DPO: loss"),
+        ("dpo", "rewards/accuracies", "DPO: batch accuracy"),
+        ("dpo", "rewards/margins", "DPO: margin of implicit rewards"),
         ("ppo", "objective/scores", "PPO: reward score"),
         ("ppo", "objective/kl", "PPO: KL from SFT, nats per response"),
         ("ppo", "policy/entropy_avg", "PPO: entropy, nats per token"),
         ("ppo", "loss/value_avg", "PPO: value loss"),
     ]
     shown = [curve for curve in curves if histories.get(curve[0])]
-    columns = min(3, max(1, len(shown)))
-    lines = max(1, math.ceil(len(shown) / columns))
+    panels = len(shown) + bool(calibration)
+    columns = min(3, max(1, panels))
+    lines = max(1, math.ceil(panels / columns))
     figure, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 3.2 * lines), squeeze=False)
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[panels:]:
         axis.remove()
+    if calibration:
+        _plot_calibration(axes.flat[len(shown)], calibration)
     for axis, (step, metric, title) in zip(axes.flat, shown, strict=False):
         steps = [record["step"] for record in histories[step]]
         values = [record[metric] for record in histories[step]]
@@ -117,6 +141,26 @@ def plot_curves(histories: dict[str, History], path: Path) -> None:
     with finished_file(path) as unfinished:
         figure.savefig(unfinished, dpi=120, format="png")
     plt.close(figure)
+
+
+def _plot_calibration(axis: Any, calibration: Sequence[tuple[float, float, int]]) -> None:
+    sure, right, pairs = zip(*calibration, strict=True)
+    axis.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=0.8, linestyle="--")
+    axis.scatter(sure, right, s=[10 + 200 * n / sum(pairs) for n in pairs], color="C0")
+    axis.set_title("reward model: calibration, held out", fontsize=10)
+    axis.set_xlabel("probability that it gives", fontsize=8)
+    axis.set_ylabel("share ranked right", fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def _calibration_error(calibration: Sequence[tuple[float, float, int]]) -> float:
+    """The mean distance of probability and share, weighted by pairs: arXiv 1706.04599, eq. 3."""
+    pairs = sum(n for _, _, n in calibration)
+    return sum(n * abs(sure - right) for sure, right, n in calibration) / pairs
+
+
+def _method(report: RunReport) -> str:
+    return "DPO" if report.dpo else "PPO"
 
 
 def _write(path: Path, text: str) -> None:
@@ -136,9 +180,9 @@ def _markdown(report: RunReport, rows: list[tuple[str, str]], name: str) -> str:
     lines += [f"| {name} | {value} |" for name, value in rows]
     lines += ["", f"Machine: {_machine()}.", "", f"![curves]({name}.png)"]
     if report.samples:
-        lines += ["", "## Held-out prompts, answered before and after PPO"]
+        lines += ["", f"## Held-out prompts, answered before and after {_method(report)}"]
     for prompt, before, after in report.samples:
-        lines += ["", "```", prompt, f"  SFT: {before}", f"  PPO: {after}", "```"]
+        lines += ["", "```", prompt, f"  SFT: {before}", f"  {_method(report)}: {after}", "```"]
     return "\n".join(lines) + "\n"
 
 

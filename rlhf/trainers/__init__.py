@@ -2,8 +2,8 @@
 
 from rlhf.trainers.dpo import DPOTrainer
 from rlhf.trainers.ppo import PPOTrainer
-from rlhf.trainers.reward import RewardTrainer
+from rlhf.trainers.reward import RewardTrainer, calibration
 from rlhf.trainers.rlhf_engine import RLHFEngine
 from rlhf.trainers.sft import SFTTrainer
 
-__all__ = ["DPOTrainer", "PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer"]
+__all__ = ["DPOTrainer", "PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer", "calibration"]

@@ -19,6 +19,7 @@ from rlhf.tracking import Tracker
 from rlhf.trainers.columns import Columns, micro_batches, pieces
 from rlhf.trainers.loop import Metrics, train_epochs
 
+CALIBRATION_BINS = 10
 MIN_SPREAD = 1e-4  # of scores, in nats; less is rounding
 
 
@@ -76,11 +77,10 @@ class RewardTrainer:
         """Loss per pair, without the margins of the data and the centring; share of pairs ranked
         right (ties count half); mean and standard deviation of score differences."""
         difference = self.differences(rows)
-        right = (difference > 0).float() + 0.5 * (difference == 0).float()
         loss = preference_loss(difference, torch.zeros_like(difference))
         return {
             "eval/loss": float(loss) / len(difference),
-            "eval/accuracy": float(right.mean()),
+            "eval/accuracy": float(_right(difference).mean()),
             "eval/margin": float(difference.mean()),
             "eval/margin_std": float(difference.std(correction=0)),
         }
@@ -151,3 +151,25 @@ class RewardTrainer:
         device = next(self._model.parameters()).device
         input_ids, lengths = collate_right(sequences, self._pad_id)
         return self.engine(sequence_scores, input_ids.to(device), lengths.to(device))
+
+
+def calibration(differences: Tensor) -> list[tuple[float, float, int]]:
+    """How often the model is right when it is how sure, from score differences (n,) of pairs.
+
+    Its probability that the higher score is of the better answer is sigmoid(|difference|). Returns
+    mean probability, share that is right (ties count half) and number of pairs, for each tenth of
+    [0.5, 1] that has pairs.
+    """
+    sure = differences.abs().sigmoid()
+    bins = ((sure - 0.5) * 2 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    right = _right(differences)
+    found = []
+    for place in bins.unique().tolist():
+        inside = bins == place
+        found.append((float(sure[inside].mean()), float(right[inside].mean()), int(inside.sum())))
+    return found
+
+
+def _right(differences: Tensor) -> Tensor:
+    """1 where a pair is ranked right, 0.5 for a tie."""
+    return (differences > 0).float() + 0.5 * (differences == 0).float()

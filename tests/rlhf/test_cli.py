@@ -23,7 +23,7 @@ from rlhf import config as config_module
 from rlhf.cli.main import main
 from rlhf.config import RunConfig
 
-STEPS = ["run", "sft", "reward", "ppo"]
+STEPS = ["run", "sft", "reward", "dpo", "ppo"]
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
@@ -32,6 +32,10 @@ TINY: dict[str, Any] = {
     "model": {"init": LLAMA, "vocab_size": 280},
     "sft": {"data": {"rows": 16, "heldout_rows": 8, "max_length": 120}, "batch_size": 8},
     "reward": {"data": {"rows": 16, "heldout_rows": 8, "max_length": 120}, "batch_size": 8},
+    "dpo": {
+        "data": {"rows": 16, "heldout_rows": 8, "max_length": 120}, "batch_size": 8,
+        "max_new_tokens": 6,
+    },
     "ppo": {
         "data": {"rows": 16, "heldout_rows": 8, "max_length": 100}, "iterations": 2,
         "batch_size": 4, "max_new_tokens": 6,
@@ -385,3 +389,17 @@ def test_deepspeed_chats_data_options(rlhf, tmp_path: Path) -> None:
     assert code == 0, stderr
     assert len((tmp_path / "out" / "sft.jsonl").read_text().splitlines()) == 2  # 16 of some 20 rows
     assert "three shares" in error_line(rlhf("sft", "--data_path", *names, "--data_split", "2,4"))
+
+
+def test_dpo_in_place_of_two_steps(rlhf, tmp_path: Path) -> None:
+    assert "run `rlhf sft`" in error_line(rlhf("dpo"))
+    assert rlhf("sft")[0] == 0
+    code, stderr = rlhf("dpo")
+    assert code == 0, stderr
+    out = tmp_path / "out"
+    assert (out / "dpo" / "config.json").exists()
+    report = json.loads((out / "dpo.json").read_text())
+    assert report["dpo"]["eval/loss"] > 0
+    assert report["before"]["kl"] == pytest.approx(0.0, abs=1e-3)
+    assert "true quality, SFT -> DPO" in (out / "dpo.md").read_text()
+    assert (out / "dpo.png").stat().st_size > 1000

@@ -141,7 +141,8 @@ def full_report() -> RunReport:
         parameters=1_500_000,
         seconds={"SFT": 10.0, "PPO": 20.5},
         sft={"eval/loss": 1.234, "eval/perplexity": 3.4},
-        reward={"eval/accuracy": 0.91, "eval/loss": 0.3},
+        reward={"eval/accuracy": 0.91, "eval/loss": 0.3, "eval/margin": 1.75},
+        calibration=[(0.6, 0.5, 10), (0.9, 0.95, 30)],
         before=evaluation(0.0, 0.55),
         after=evaluation(1.5, 0.8),
         throughput=Throughput(engine=12_000.0, hf_generate=3_000.0, prompts=8),
@@ -161,7 +162,7 @@ def test_report_files_have_the_figures(tmp_path: Path) -> None:
     printed = (tmp_path / "out").read_text()
     for figure in (
         "1.50 M", "1.234", "0.910", "0.00 -> 1.50", "0.550 -> 0.800 (+0.250)", "2.50", "12,000",
-        "3,000", "4.0x", "30.5",
+        "3,000", "4.0x", "30.5", "1.750", "0.062",  # calibration error: (10 * 0.1 + 30 * 0.05) / 40
     ):  # fmt: skip
         assert figure in text, figure
         assert figure in printed, figure
@@ -194,6 +195,18 @@ def test_other_curves_make_another_picture(tmp_path: Path, console: Console) -> 
     report.histories["sft"] = [{"step": i, "loss": float(i)} for i in range(20)]
     write_report(report, tmp_path, console)
     assert not np.array_equal(picture(tmp_path / "report.png"), first)
+
+
+def test_calibration_has_a_panel(tmp_path: Path, console: Console) -> None:
+    pictures = []
+    for points in ([], [(0.6, 0.5, 10), (0.9, 0.95, 30)], [(0.6, 0.9, 10), (0.9, 0.95, 30)]):
+        report = RunReport(calibration=points)
+        write_report(report, tmp_path, console)
+        pictures.append(picture(tmp_path / "report.png"))
+    assert not np.array_equal(pictures[1], pictures[2])
+    coloured = pictures[1].max(-1) - pictures[1].min(-1) > 0.3
+    assert coloured.any()
+    assert not (pictures[0].max(-1) - pictures[0].min(-1) > 0.3).any()
 
 
 def test_a_single_step_has_a_report_of_its_own(tmp_path: Path, console: Console) -> None:

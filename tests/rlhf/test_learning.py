@@ -19,6 +19,7 @@ from rich.console import Console
 
 from rlhf.config import (
     DataConfig,
+    DPOConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
@@ -58,6 +59,10 @@ def configuration(folder: Path) -> RunConfig:
             max_new_tokens=28, kl_coef=0.02, actor_optimizer=OptimizerConfig(learning_rate=2e-3),
             critic_optimizer=OptimizerConfig(learning_rate=2e-3),
         ),
+        dpo=DPOConfig(
+            data=data(2500, 96), optimizer=OptimizerConfig(learning_rate=3e-4), beta=0.1,
+            batch_size=32, micro_batch_size=32, max_new_tokens=28,
+        ),
         evaluation=EvaluationConfig(
             prompts=128, metric="rlhf.data.synthetic:quality", compare_hf_generate=False
         ),
@@ -96,6 +101,19 @@ def test_ppo_raises_the_reward_within_a_bounded_kl(report: RunReport) -> None:
 
 def test_responses_end_by_themselves(report: RunReport) -> None:
     assert report.after.ended > 0.95
+
+
+def test_dpo_raises_the_true_quality_without_a_reward_model(
+    report: RunReport, folder: Path
+) -> None:
+    """From the same SFT model, by the pairs alone."""
+    pipeline = Pipeline(configuration(folder), Console(file=io.StringIO()))
+    pipeline.dpo()
+    found = pipeline.report
+    assert found.dpo["eval/rewards/accuracies"] >= 0.8
+    assert found.before.quality == pytest.approx(report.before.quality, abs=1e-6)
+    assert found.after.quality >= found.before.quality + 0.1
+    assert 1.0 < found.after.kl < 25.0
 
 
 def test_rollout_and_training_agree_to_the_end(report: RunReport, folder: Path) -> None:

@@ -15,7 +15,7 @@ from rlhf.config import OptimizerConfig, RewardConfig
 from rlhf.data import collate_right, encode_preferences, load_rows
 from rlhf.models import load_scorer, save_model, sequence_scores
 from rlhf.tracking import Tracker
-from rlhf.trainers import RewardTrainer
+from rlhf.trainers import RewardTrainer, calibration
 
 
 @pytest.fixture
@@ -191,3 +191,15 @@ def test_centring_keeps_scores_about_zero(scorer, tokenizer, rows, tmp_path, con
         levels = all_scores(model, list(rows["chosen_ids"]) + list(rows["rejected_ids"]))
         found.append(float(levels.mean().abs()))
     assert found[1] < 0.5 * found[0]
+
+
+def test_calibration_by_hand() -> None:
+    """Nine pairs of which the model is 0.55 sure, one in three wrong; ten at 0.95, one wrong."""
+    little, much = math.log(0.55 / 0.45), math.log(0.95 / 0.05)
+    found = torch.tensor([little] * 6 + [-little] * 3 + [much] * 9 + [-much])
+    (low, low_right, low_pairs), (high, high_right, high_pairs) = calibration(found)
+    assert (low_pairs, high_pairs) == (9, 10)
+    assert (low, low_right) == (pytest.approx(0.55), pytest.approx(6 / 9))
+    assert (high, high_right) == (pytest.approx(0.95), pytest.approx(0.9))
+    assert calibration(torch.zeros(4)) == [(0.5, 0.5, 4)]
+    assert calibration(torch.tensor([100.0])) == [(1.0, 1.0, 1)]
