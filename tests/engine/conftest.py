@@ -41,6 +41,7 @@ CONFIGS = {
     "gpt2": GPT,
     "gpt_neox": {**GPT, "intermediate_size": 80},
     "bloom": GPT,
+    "phi": {name: value for name, value in LLAMA.items() if name != "head_dim"},
 }
 
 
