@@ -238,11 +238,15 @@ class TileAttention {
   }
 
  private:
-  // Everything is transposed: q_ and out_ are [head_dim, width], scores_ [block_size, width].
+  static constexpr int64_t kDepth = 64;
+
+  // Everything is transposed: q_ and out_ are [head_dim, width], scores_ and part_ [block_size,
+  // width].
   void load_queries() {
     q_.assign(a_.head_dim * width_, 0.f);
     out_.assign(a_.head_dim * width_, 0.f);
     scores_.resize(a_.block_size * width_);
+    part_.resize(a_.block_size * width_);
     wide_.resize(a_.block_size * a_.head_dim);
     most_.assign(width_, kMinusInfinity);
     total_.assign(width_, 0.f);
@@ -259,11 +263,24 @@ class TileAttention {
   void visit(const T* keys, const T* values, int64_t position, int64_t count) {
     const int64_t dim = a_.head_dim;
     const float* k = widened(wide_.data(), keys, count * dim);
-    std::fill(scores_.begin(), scores_.begin() + count * width_, 0.f);
-    multiply_add<float>(scores_.data(), k, dim, 1, q_.data(), nullptr, count, dim, width_);
+    score(k, count);
     for (int64_t r = 0; r < width_; r += kLanes) soften(r, position, count);
     const float* v = widened(wide_.data(), values, count * dim);
     multiply_add<float>(out_.data(), v, 1, dim, scores_.data(), nullptr, dim, count, width_);
+  }
+
+  // Sums of at most kDepth products, added up: one long chain of additions would round more.
+  void score(const float* k, int64_t count) {
+    const int64_t size = count * width_;
+    for (int64_t d = 0; d < a_.head_dim; d += kDepth) {
+      std::vector<float>& sums = d == 0 ? scores_ : part_;
+      std::fill(sums.begin(), sums.begin() + size, 0.f);
+      multiply_add<float>(sums.data(), k + d, a_.head_dim, 1, &q_[d * width_], nullptr, count,
+                          std::min(kDepth, a_.head_dim - d), width_);
+      for (int64_t i = 0; d > 0 && i < size; i += kLanes) {
+        store(&scores_[i], load(&scores_[i]) + load(&part_[i]));
+      }
+    }
   }
 
   // The lanes [r, r + kLanes) of the scores of `count` keys become weights.
@@ -313,7 +330,7 @@ class TileAttention {
   const int64_t group_;
   const AttentionTask* task_ = nullptr;
   int64_t rows_ = 0, width_ = 0;  // width: rows rounded up to whole vectors
-  std::vector<float> q_, out_, scores_, wide_, most_, total_, positions_, slopes_;
+  std::vector<float> q_, out_, scores_, part_, wide_, most_, total_, positions_, slopes_;
 };
 
 }  // namespace he::cpu
