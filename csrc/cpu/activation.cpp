@@ -58,7 +58,7 @@ void biased_row(T* out, const T* x, const T* bias, int64_t dim, const Function& 
 // Rows in parallel; a few long rows are cut into pieces first, which is what `body` gets.
 template <typename Body>
 void for_each_piece(int64_t rows, int64_t dim, const Body& body) {
-  const int64_t pieces = rows >= omp_get_max_threads() ? 1 : dim / kElementsPerThread + 1;
+  const int64_t pieces = rows >= available_threads() ? 1 : dim / kElementsPerThread + 1;
   const int64_t length = (dim / pieces + kLanes) / kLanes * kLanes;
   parallel_for(rows * pieces, kElementsPerThread / length + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -22,10 +22,22 @@ int64_t first_visible(const PagedAttention& a, int64_t position) {
 
 int64_t choose_splits(const PagedAttention& a, int64_t tasks, int64_t keys) {
   if (a.num_splits > 0) return a.num_splits;
-  const int64_t threads = omp_get_max_threads(), most = keys / kKeysOfSplit;
+  const int64_t threads = available_threads(), most = keys / kKeysOfSplit;
   int64_t splits = 1;
   while (splits < most && tasks * splits < 4 * threads && tasks * splits % threads) ++splits;
   return splits;
+}
+
+// At least what choose_splits gives, whatever the keys are.
+int64_t most_splits(const PagedAttention& a, int64_t tasks) {
+  if (a.cu_seqlens != nullptr) return 1;
+  if (a.num_splits > 0) return a.num_splits;
+  return 1 + 4 * available_threads() / std::max<int64_t>(1, tasks);
+}
+
+// Floats that one piece of a split task leaves.
+int64_t partial_size(const PagedAttention& a) {
+  return a.num_heads / a.num_kv_heads * (a.head_dim + 2);
 }
 
 std::vector<AttentionTask> make_tasks(const PagedAttention& a) {
@@ -48,12 +60,9 @@ std::vector<AttentionTask> make_tasks(const PagedAttention& a) {
 }
 
 // Cuts each task's keys into `splits` ranges at block boundaries; the pieces of a task follow one
-// another and leave their state in `partials`.
+// another and leave their state in the workspace.
 std::vector<AttentionTask> split_tasks(const PagedAttention& a,
-                                       const std::vector<AttentionTask>& tasks, int64_t splits,
-                                       std::vector<float>& partials) {
-  const int64_t group = a.num_heads / a.num_kv_heads, stride = group * (a.head_dim + 2);
-  partials.resize(tasks.size() * splits * stride);
+                                       const std::vector<AttentionTask>& tasks, int64_t splits) {
   std::vector<AttentionTask> pieces;
   for (const AttentionTask& task : tasks) {
     const int64_t keys = task.last_key - task.first_key;
@@ -65,7 +74,7 @@ std::vector<AttentionTask> split_tasks(const PagedAttention& a,
       piece.last_key = i + 1 == splits
                            ? task.last_key
                            : std::clamp(origin + (i + 1) * share, task.first_key, task.last_key);
-      piece.partial = partials.data() + pieces.size() * stride;
+      piece.partial = a.workspace + pieces.size() * partial_size(a);
       pieces.push_back(piece);
     }
   }
@@ -108,23 +117,28 @@ void run_tasks(const PagedAttention& a, const std::vector<AttentionTask>& tasks,
 
 }  // namespace
 
-int64_t paged_attention_workspace(const PagedAttention&) { return 0; }
+int64_t paged_attention_workspace(const PagedAttention& args) {
+  const int64_t tasks = args.sequences * args.num_kv_heads, splits = most_splits(args, tasks);
+  return splits > 1 ? tasks * splits * partial_size(args) : 0;
+}
 
 void paged_attention(const PagedAttention& args, Stream) {
   std::vector<AttentionTask> tasks = make_tasks(args);
   int64_t keys = 0;
   for (const AttentionTask& task : tasks) keys += task.last_key - task.first_key;
   const int64_t threads = 1 + keys * args.head_dim * 2 / kElementsPerThread;
-  const int64_t count = std::max<int64_t>(1, tasks.size());
-  const int64_t splits = args.cu_seqlens ? 1 : choose_splits(args, count, keys / count);
-  std::vector<float> partials;
-  if (splits > 1) tasks = split_tasks(args, tasks, splits, partials);
+  const int64_t count = tasks.size(), average = keys / std::max<int64_t>(1, count);
+  const int64_t splits =
+      args.cu_seqlens ? 1 : choose_splits(args, std::max<int64_t>(1, count), average);
+  if (splits > 1) tasks = split_tasks(args, tasks, splits);
   dispatch(args.dtype, [&](auto t) {
     run_tasks<decltype(t)>(args, tasks, threads);
     if (splits == 1) return;
-    for (size_t i = 0; i < tasks.size(); i += splits) {
-      combine<decltype(t)>(args, tasks.data() + i, splits);
-    }
+    parallel_for(count, count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        combine<decltype(t)>(args, tasks.data() + i * splits, splits);
+      }
+    });
   });
 }
 

@@ -1,4 +1,4 @@
-// Row ranges over torch's own OpenMP threads.
+// Row ranges over torch's own OpenMP threads, or over a team that is together already.
 #pragma once
 
 #include <omp.h>
@@ -6,40 +6,120 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 namespace he::cpu {
+
+// Threads that call the same launchers with the same arguments, one after another: each does its
+// share, and a barrier after it stands in for the end of a parallel region, without waking anyone.
+// So launchers may write to shared memory only inside of parallel_for and parallel_tasks.
+class Team {
+ public:
+  explicit Team(int size) : size_(size) {}
+
+  int size() const { return size_; }
+
+  // Spins for some microseconds, then lets others run: a thread that is missing may need this core.
+  void barrier() {
+    if (size_ == 1) return;
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins < kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 2000;
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  const int size_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+// What the calling thread is in its team; no team outside of one.
+struct Membership {
+  Team* team = nullptr;
+  int index = 0;
+};
+
+inline thread_local Membership membership;
+
+// Makes the calling thread a member for the scope; of no team, a launcher runs on this thread alone.
+class MembershipScope {
+ public:
+  explicit MembershipScope(Membership inside) : before_(membership) { membership = inside; }
+  ~MembershipScope() { membership = before_; }
+  MembershipScope(const MembershipScope&) = delete;
+  MembershipScope& operator=(const MembershipScope&) = delete;
+
+ private:
+  const Membership before_;
+};
+
+// How many threads a launcher would get.
+inline int64_t available_threads() {
+  return membership.team ? membership.team->size() : omp_get_max_threads();
+}
+
+// Runs body(index, size) on each member of the calling thread's team, of which at most `most` are
+// wanted, or of a new one.
+template <typename Body>
+void run_team(int64_t most, const Body& body) {
+  if (Team* team = membership.team) {
+    const int index = membership.index;
+    const int size = static_cast<int>(std::min<int64_t>(team->size(), most));
+    {
+      MembershipScope alone({});
+      if (index < size) body(index, size);
+    }
+    return team->barrier();
+  }
+  const int size = static_cast<int>(std::min<int64_t>(omp_get_max_threads(), most));
+  if (size <= 1 || omp_in_parallel()) return body(0, 1);
+#pragma omp parallel num_threads(size)
+  body(omp_get_thread_num(), omp_get_num_threads());
+}
 
 // Calls body(begin, end) for disjoint ranges that cover [0, count). Runs serially when there are
 // fewer than two grains: waking a thread costs more than a small op.
 template <typename Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
   const int64_t most = std::max<int64_t>(1, count / std::max<int64_t>(1, grain));
-  const int threads = static_cast<int>(std::min<int64_t>(omp_get_max_threads(), most));
-  if (threads <= 1 || omp_in_parallel()) {
-    if (count > 0) body(int64_t{0}, count);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t index = omp_get_thread_num(), team = omp_get_num_threads();
-    const int64_t begin = count * index / team, end = count * (index + 1) / team;
+  run_team(most, [&](int64_t index, int64_t size) {
+    const int64_t begin = count * index / size, end = count * (index + 1) / size;
     if (begin < end) body(begin, end);
-  }
+  });
 }
 
 // Calls body(next) on at most `threads` threads; next() hands out each index of [0, count) once, in
-// order and to whoever is free, then -1. For tasks of uneven length.
+// order, then -1. For tasks of uneven length: whoever is free takes the next one, except in a team,
+// which has no counter to share and deals them out.
 template <typename Body>
 void parallel_tasks(int64_t count, int64_t threads, const Body& body) {
   std::atomic<int64_t> counter{0};
-  const auto next = [&] {
-    const int64_t index = counter.fetch_add(1, std::memory_order_relaxed);
-    return index < count ? index : -1;
-  };
-  const int team = static_cast<int>(std::min({int64_t{omp_get_max_threads()}, count, threads}));
-  if (team <= 1 || omp_in_parallel()) return body(next);
-#pragma omp parallel num_threads(team)
-  body(next);
+  const bool dealt = membership.team != nullptr;
+  run_team(std::max<int64_t>(1, std::min(count, threads)), [&](int64_t index, int64_t size) {
+    int64_t own = index - size;
+    body([&] {
+      const int64_t task = dealt ? own += size : counter.fetch_add(1, std::memory_order_relaxed);
+      return task < count ? task : -1;
+    });
+  });
 }
 
 }  // namespace he::cpu
