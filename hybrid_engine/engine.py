@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hybrid_engine.cache import BlockAllocator, KVCache, affordable_blocks
 from hybrid_engine.config import EngineConfig
 from hybrid_engine.generation import GenerationLoop, Rollout, SamplingParams
+from hybrid_engine.generation.loop import MOST_STEPS
 from hybrid_engine.generation.rows import Rows
 from hybrid_engine.generation.scheduler import Scheduler, Sequence
 from hybrid_engine.joint import Requests, joint_rollout
@@ -106,7 +107,7 @@ class HybridEngine:
             requests = self._requests(prompts, params)
             loop = self._start(requests, params)
             while not loop.done:
-                loop.step()
+                loop.step(MOST_STEPS)
                 if on_finish is not None:
                     for place, response in loop.take_finished():
                         if (own := requests.own_place(place)) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,18 @@ from hybrid_engine.generation.params import FinishReason, Rollout, SamplingParam
 from hybrid_engine.generation.rows import Rows
 from hybrid_engine.generation.scheduler import Scheduler, Sequence
 from hybrid_engine.generation.stop_strings import StopStringWatch
-from hybrid_engine.models import Decoder
+from hybrid_engine.models import DecodeProgram, Decoder, why_not_native
+
+# Tokens of each sequence that one native call decodes at most.
+MOST_STEPS = 32
 
 
 class GenerationLoop:
-    """Generates for all prompts of one scheduler. `step` advances every running sequence by one."""
+    """Generates for all prompts of one scheduler; `step` advances every running sequence.
+
+    Where the decoder can run as one native call, a step is several tokens; otherwise
+    `why_step_by_step` says why Python runs layer after layer.
+    """
 
     def __init__(
         self,
@@ -44,7 +53,7 @@ class GenerationLoop:
             vocab_size=decoder.vocab_size if params.repetition_penalty != 1 else None,
         )
         self._sampling = _sampling_tensors(params, capacity, device)
-        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
+        self._seeds = seeds
         self._stop = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
         self._stop_strings = (
             StopStringWatch(params.stop_strings, prompts, params.max_new_tokens, device)
@@ -59,6 +68,11 @@ class GenerationLoop:
         self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
         self.finish_reasons: list[FinishReason] = ["length"] * len(prompts)
         self._finished: list[int] = []  # places of ended sequences, until they are taken
+        self.program: DecodeProgram | None = None
+        self.why_step_by_step = why_not_native(decoder)
+        if self.why_step_by_step is None:
+            self.program = DecodeProgram(decoder, cache)
+            self._bound = self._bind(self.program, stop_token_ids)
 
     @property
     def done(self) -> bool:
@@ -70,12 +84,12 @@ class GenerationLoop:
         return self._scheduler.free_blocks
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """One token for every running sequence; new ones get their first."""
+    def step(self, most: int = 1) -> None:
+        """1 to `most` tokens for every running sequence; new ones get their first before."""
         if admitted := self._scheduler.admit():
             self._prefill(admitted)
         if self._rows.count:
-            self._decode()
+            self._decode(most)
 
     def take_finished(self) -> list[tuple[int, list[int]]]:
         """Place and response of each sequence that has ended since the last call."""
@@ -107,7 +121,7 @@ class GenerationLoop:
         row_of = {}
         for sequence in admitted:
             row_of[sequence.index] = self._rows.count
-            self._rows.append(sequence)
+            self._rows.append(sequence, seed=self._seeds[sequence.index])
         computed = [sequence for sequence in admitted if sequence.twin is None]
         batch = self._rows.prefill_batch(computed, [row_of[s.index] for s in computed])
         hidden = self._decoder.hidden_states(batch, self._cache)
@@ -132,13 +146,51 @@ class GenerationLoop:
             sources, destinations = zip(*pairs, strict=True)
             self._cache.copy_blocks(list(sources), list(destinations))
 
-    def _decode(self) -> None:
-        for row in self._rows.needing_block():
-            self._provide_block(row)
+    def _decode(self, most: int) -> None:
         rows = self._rows
-        hidden = self._decoder.hidden_states(rows.decode_batch(), self._cache)
-        rows.lengths[: rows.count] += 1
-        self._sample(hidden, None)
+        for row in rows.needing_block():
+            self._provide_block(row)
+        if self.program is None:
+            hidden = self._decoder.hidden_states(rows.decode_batch(), self._cache)
+            rows.lengths[: rows.count] += 1
+            self._sample(hidden, None)
+            return
+        if self._stop_strings:
+            most = 1  # each token has to be looked at
+        self._provide_ahead(most)
+        self.program.run(self._bound, rows.count, most)
+        indices, steps, tokens = (
+            state[: rows.count] for state in (rows.indices, rows.steps, rows.tokens)
+        )
+        self._retire(self._stopped(indices, steps, tokens), steps, None)
+
+    def _bind(self, program: DecodeProgram, stop_token_ids: tuple[int, ...]) -> Any:
+        """The tensors that a native call reads and advances."""
+        rows, sampling = self._rows, self._sampling
+        return program.bind(
+            tokens=rows.tokens, lengths=rows.lengths, steps=rows.steps, room=rows.room,
+            indices=rows.indices, seeds=rows.seeds, block_tables=rows.block_tables,
+            max_blocks=rows.block_tables.shape[1], block_size=self._cache.block_size,
+            seen=rows.seen, temperature=sampling[0], top_k=sampling[1], top_p=sampling[2],
+            min_p=sampling[3], repetition_penalty=sampling[4], stop_tokens=list(stop_token_ids),
+            min_new_tokens=self._params.min_new_tokens,
+            max_new_tokens=self._params.max_new_tokens, out_tokens=self.tokens,
+            out_logprobs=self.logprobs, out_truncated=self.truncated_logprobs,
+            out_lengths=self.lengths,
+        )  # fmt: skip
+
+    def _provide_ahead(self, most: int) -> None:
+        """Blocks for the tokens to come, as long as nobody else needs them."""
+        rows = self._rows
+        left = (self._params.max_new_tokens - rows.steps[: rows.count]).clamp(max=most)
+        lacking = (rows.lengths[: rows.count] + left - rows.room[: rows.count]).tolist()
+        for row, tokens in enumerate(lacking):
+            for _ in range(0, tokens, self._cache.block_size):
+                if self._scheduler.spare_blocks == 0:
+                    return
+                block = self._scheduler.grow(row)
+                assert block is not None
+                rows.add_block(row, block)
 
     def _provide_block(self, row: int) -> None:
         while row < self._rows.count:
@@ -163,7 +215,7 @@ class GenerationLoop:
         logits = self._logits(hidden, steps)
         seen = None if rows.seen is None else rows.seen[which]
         tokens, logprobs, truncated = ops.sample(
-            logits, temperature, top_k, top_p, min_p, self._seeds[indices], steps,
+            logits, temperature, top_k, top_p, min_p, rows.seeds[which], steps,
             None if seen is None else penalty, seen,
         )  # fmt: skip
         self.tokens[indices, steps] = tokens

@@ -31,17 +31,21 @@ class Rows:
         self.lengths = zeros(capacity)  # cached tokens
         self.steps = zeros(capacity)  # response tokens so far
         self.indices = zeros(capacity)  # the prompt's place in the caller's list
+        self.seeds = zeros(capacity)
+        self.room = zeros(capacity)  # tokens that the row's blocks hold
         self.block_tables = zeros(capacity, max_blocks, dtype=torch.int32)
         self.seen = None if vocab_size is None else zeros(capacity, vocab_size, dtype=torch.uint8)
         self._block_size = block_size
         self.numbers = torch.arange(capacity, device=device)  # 0, 1, 2, ...
 
-    def append(self, sequence: Sequence) -> None:
+    def append(self, sequence: Sequence, *, seed: int = 0) -> None:
         """A new last row for a sequence whose tokens have just been cached."""
         row = self.count
         self.lengths[row] = len(sequence.tokens)
         self.steps[row] = len(sequence.response)
         self.indices[row] = sequence.index
+        self.seeds[row] = seed
+        self.room[row] = len(sequence.blocks) * self._block_size
         if sequence.response:
             self.tokens[row] = sequence.response[-1]
         blocks = torch.tensor(sequence.blocks, dtype=torch.int32)
@@ -54,18 +58,21 @@ class Rows:
     def remove(self, row: int) -> None:
         """Drop a row; the last one moves into its place."""
         self.count -= 1
-        state = (self.tokens, self.lengths, self.steps, self.indices, self.block_tables, self.seen)
-        for tensor in state:
+        state = (self.tokens, self.lengths, self.steps, self.indices, self.seeds, self.room)
+        for tensor in (*state, self.block_tables, self.seen):
             if tensor is not None:
                 tensor[row] = tensor[self.count]
 
     def needing_block(self) -> list[int]:
-        """Rows whose next token starts a new block."""
-        full = self.lengths[: self.count] % self._block_size == 0
+        """Rows whose next token has no block."""
+        full = self.lengths[: self.count] >= self.room[: self.count]
         return full.nonzero().flatten().tolist()
 
     def add_block(self, row: int, block: int) -> None:
-        self.block_tables[row, int(self.lengths[row]) // self._block_size] = block
+        """One more block at the row's end."""
+        room = int(self.room[row])
+        self.block_tables[row, room // self._block_size] = block
+        self.room[row] = room + self._block_size
 
     def decode_batch(self) -> DecoderBatch:
         """One token of every running row. Each row has a block for it."""

@@ -53,6 +53,12 @@ class Scheduler:
     def free_blocks(self) -> int:
         return self._allocator.num_free
 
+    @property
+    def spare_blocks(self) -> int:
+        """Free blocks that neither the growth of others nor the next to enter will need."""
+        entering = self._blocks_for(len(self.waiting[0].tokens)) if self.waiting else 0
+        return max(0, self._allocator.num_free - len(self.running) - entering)
+
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to the end of `running`; they have blocks for their tokens.
 

@@ -3,10 +3,12 @@
 from hybrid_engine.models.decoder import Decoder, DecoderBatch
 from hybrid_engine.models.family import FAMILIES, Family, find_family
 from hybrid_engine.models.parallel_decoder import ParallelDecoder
+from hybrid_engine.models.program import DecodeProgram, why_not_native
 from hybrid_engine.models.rollout_copy import Mode, RolloutCopy
 
 __all__ = [
     "FAMILIES",
+    "DecodeProgram",
     "Decoder",
     "DecoderBatch",
     "Family",
@@ -14,4 +16,5 @@ __all__ = [
     "ParallelDecoder",
     "RolloutCopy",
     "find_family",
+    "why_not_native",
 ]

@@ -19,6 +19,7 @@ from hybrid_engine.models.parts import (
     Linear,
     Norm,
     activation,
+    activation_kind,
     norm_eps,
     plain,
 )
@@ -50,42 +51,49 @@ class Decoder:
         # ALiBi has no last position.
         self.max_positions: int = getattr(config, "max_position_embeddings", 2**31)
         self._model: Any = model
-        self._config = config
-        self._family = family
+        self.config = config
+        self.family = family
         scalar = family.query_scalar(config) if family.query_scalar else self.head_dim
-        self._scale = scalar**-0.5
-        self._attention_softcap = _attention_softcap(config)
+        self.scale = scalar**-0.5
+        self.attention_softcap = _attention_softcap(config)
         self._final_softcap: float = getattr(config, "final_logit_softcapping", None) or 0.0
-        self._activation = activation(family.activation(config), gated=len(family.mlp_up) == 2)
-        self._parallel = bool(family.parallel_residual and family.parallel_residual(config))
-        self._cos_sin: Tensor | None = None
-        self._alibi_slopes: Tensor | None = None
+        gated = len(family.mlp_up) == 2
+        self.activation = activation_kind(family.activation(config), gated=gated)
+        self._activate = activation(self.activation, gated=gated)
+        self.parallel_residual = bool(family.parallel_residual and family.parallel_residual(config))
+        self.cos_sin: Tensor | None = None
+        self.alibi_slopes: Tensor | None = None
         self._resolve()
 
     @property
+    def shared_by_ranks(self) -> bool:
+        """Whether other ranks have to take part in a pass."""
+        return False
+
+    @property
     def _linears(self) -> list[Linear]:
-        return [self._head, *(linear for layer in self._layers for linear in layer.linears)]
+        return [self.head, *(linear for layer in self.layers for linear in layer.linears)]
 
     @property
     def num_layers(self) -> int:
-        return len(self._layers)
+        return len(self.layers)
 
     @property
     def vocab_size(self) -> int:
-        return self._head.weight.shape[0]
+        return self.head.weight.shape[0]
 
     @property
     def embedded_tokens(self) -> int:
         """Rows of the embedding; a head may have more."""
-        return self._embedding.weight.shape[0]
+        return self.embedding.weight.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._embedding.weight.dtype
+        return self.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._embedding.weight.device
+        return self.embedding.weight.device
 
     def refresh(self) -> None:
         """See the modules and parameters as they are now. Call before a rollout."""
@@ -94,9 +102,9 @@ class Decoder:
         for linear in self._linears:
             linear.refresh()
         if self._rotary is not None:
-            self._cos_sin = self._rotary_table()
-        if self._family.alibi:
-            self._alibi_slopes = self._slopes().to(self.device)
+            self.cos_sin = self._rotary_table()
+        if self.family.alibi:
+            self.alibi_slopes = self._slopes().to(self.device)
 
     def release(self) -> None:
         """Leave the model's parameters as if the decoder had never been there."""
@@ -115,18 +123,18 @@ class Decoder:
         """
         residual = self._embed(batch)  # (N, D)
         x = self._enter(0).attention_norm(residual)
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.layers):
             attended = self._attend(layer, x, batch, *cache.layers[i])  # (N, D)
-            if self._parallel:
+            if self.parallel_residual:
                 x = layer.mlp_norm(residual)
                 residual += attended
             else:
                 x = layer.mlp_norm.after_adding(attended, residual)
-            x = layer.mlp_down(self._activation(layer.mlp_up(x)))
+            x = layer.mlp_down(self._activate(layer.mlp_up(x)))
             if layer.mlp_output_norm:
                 x = layer.mlp_output_norm(x)
-            last = i + 1 == len(self._layers)
-            norm = self._final_norm if last else self._enter(i + 1).attention_norm
+            last = i + 1 == len(self.layers)
+            norm = self.final_norm if last else self._enter(i + 1).attention_norm
             x = norm.after_adding(x, residual)
             if on_layer:
                 on_layer(i, residual)
@@ -134,48 +142,48 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V)."""
-        logits = self._head(hidden)
+        logits = self.head(hidden)
         if self._final_softcap:
             logits = self._final_softcap * torch.tanh(logits / self._final_softcap)
         return logits
 
     def _resolve(self) -> None:
         """Find the parts of the model."""
-        family, find = self._family, self._model.get_submodule
+        family, find = self.family, self._model.get_submodule
 
         def optional(path: str | None) -> Any:
             return find(path) if path else None
 
         embedding = find(family.embedding)
-        self._embedding = embedding if family.embedding_scales else plain(embedding, nn.Embedding)
-        self._head = Linear(self._model.get_output_embeddings())
-        self._final_norm = Norm(find(family.final_norm), family)
-        self._embedding_norm = (
+        self.embedding = embedding if family.embedding_scales else plain(embedding, nn.Embedding)
+        self.head = Linear(self._model.get_output_embeddings())
+        self.final_norm = Norm(find(family.final_norm), family)
+        self.embedding_norm = (
             Norm(find(family.embedding_norm), family) if family.embedding_norm else None
         )
-        self._layers = [
-            DecoderLayer(layer, family, self._config, i)
+        self.layers = [
+            DecoderLayer(layer, family, self.config, i)
             for i, layer in enumerate(find(family.layers))
         ]
         self._rotary = optional(family.rotary)
-        self._learned = optional(family.position_embedding)
+        self.learned = optional(family.position_embedding)
         self._modules = list(self._model.modules())
 
     def _enter(self, layer: int) -> DecoderLayer:
         """The layer, whose weights are read from now on, and those of the one before no more."""
-        return self._layers[layer]
+        return self.layers[layer]
 
     def _look_up(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self._embedding.weight)
+        return F.embedding(tokens, self.embedding.weight)
 
     def _embed(self, batch: DecoderBatch) -> Tensor:
         x = self._look_up(batch.tokens)
-        if self._family.embedding_scales:
-            x = x * self._embedding.embed_scale.to(x.dtype)  # HF too rounds the factor first
-        if self._learned is not None:
-            rows = batch.positions + self._family.position_offset
-            x = x + F.embedding(rows, self._learned.weight)
-        return self._embedding_norm(x) if self._embedding_norm else x
+        if self.family.embedding_scales:
+            x = x * self.embedding.embed_scale.to(x.dtype)  # HF too rounds the factor first
+        if self.learned is not None:
+            rows = batch.positions + self.family.position_offset
+            x = x + F.embedding(rows, self.learned.weight)
+        return self.embedding_norm(x) if self.embedding_norm else x
 
     def _attend(
         self, layer: DecoderLayer, x: Tensor, batch: DecoderBatch, keys: Tensor, values: Tensor
@@ -185,19 +193,19 @@ class Decoder:
         q_norm, k_norm = (norm.weight if norm else None for norm in norms)
         eps = norm_eps(layer.query_norm) if layer.query_norm else 0.0
         q = ops.rope_and_store_kv(
-            layer.qkv.product(x), layer.qkv.bias, q_norm, k_norm, self._cos_sin, batch.positions,
+            layer.qkv.product(x), layer.qkv.bias, q_norm, k_norm, self.cos_sin, batch.positions,
             keys, values, batch.slot_mapping, self.num_heads, norm_eps=eps,
         )  # fmt: skip  # (N, H, head_dim)
         if batch.cu_seqlens is None:
             out = ops.decode_attention(
-                q, keys, values, batch.block_tables, batch.seq_lens, self._scale,
-                self._alibi_slopes, layer.window, self._attention_softcap,
+                q, keys, values, batch.block_tables, batch.seq_lens, self.scale,
+                self.alibi_slopes, layer.window, self.attention_softcap,
             )  # fmt: skip
         else:
             out = ops.prefill_attention(
                 q, keys, values, batch.block_tables, batch.cu_seqlens, batch.seq_lens,
-                batch.max_query_len, self._scale, self._alibi_slopes, layer.window,
-                self._attention_softcap,
+                batch.max_query_len, self.scale, self.alibi_slopes, layer.window,
+                self.attention_softcap,
             )  # fmt: skip
         projected = layer.attention_output(out.flatten(1))
         return layer.attention_output_norm(projected) if layer.attention_output_norm else projected

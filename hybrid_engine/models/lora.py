@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ def active_adapters(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
+@dataclass(frozen=True)
+class ActiveAdapters:
+    """Adapters of one layer, in the dtype of its input and over all of its outputs."""
+
+    down: list[Tensor]  # (R, in) each
+    up: list[Tensor]  # (out, R) each
+    scales: list[float]
+    bias: Tensor | None  # (out,), the layer's own and theirs
+
+
 class Lora:
     """The adapters of modules with one input, whose outputs lie side by side.
 
@@ -62,24 +73,30 @@ class Lora:
         """Forget the copies of adapters; the next call makes them of what they are then."""
         self._placed.clear()
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(N, in) -> (N, out) with the active adapters."""
+    def active(self, bias: Tensor | None, dtype: torch.dtype) -> ActiveAdapters:
+        """What the layer computes with now; `bias` is the layer's own."""
         active = [
             (place, name)
             for place, (module, _) in enumerate(self._adapted)
             for name in active_adapters(module)
         ]
-        if not active:
-            return F.linear(x, weight, bias)
-        down = [self._narrow(place, name, x.dtype) for place, name in active]  # (R, in) each
-        up = [self._wide(place, name, "weight", x.dtype) for place, name in active]  # (out, R)
         scales = [float(self._adapted[place][0].scaling[name]) for place, name in active]
-        bias = self._with_biases(bias, active, scales, x.dtype)
-        few = x.shape[0] <= _FUSED_ROWS.get(x.device.type, 0) and len(active) <= MAX_LORA_ADAPTERS
+        return ActiveAdapters(
+            down=[self._narrow(place, name, dtype) for place, name in active],
+            up=[self._wide(place, name, "weight", dtype) for place, name in active],
+            scales=scales,
+            bias=self._with_biases(bias, active, scales, dtype),
+        )
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(N, in) -> (N, out) with the active adapters."""
+        active = self.active(bias, x.dtype)
+        count = len(active.down)
+        few = x.shape[0] <= _FUSED_ROWS.get(x.device.type, 0) and 0 < count <= MAX_LORA_ADAPTERS
         if few and weight.is_contiguous():
-            return ops.fused_lora(x, weight, bias, down, up, scales)
-        out = F.linear(x, weight, bias)
-        for a, b, scale in zip(down, up, scales, strict=True):
+            return ops.fused_lora(x, weight, active.bias, active.down, active.up, active.scales)
+        out = F.linear(x, weight, active.bias)
+        for a, b, scale in zip(active.down, active.up, active.scales, strict=True):
             out.addmm_(F.linear(x, a), b.t(), alpha=scale)
         return out
 

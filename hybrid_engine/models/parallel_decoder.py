@@ -46,6 +46,10 @@ class ParallelDecoder(Decoder):
         super().__init__(copy.model, copy.family)
 
     @property
+    def shared_by_ranks(self) -> bool:
+        return True
+
+    @property
     def vocab_size(self) -> int:
         return self._copy.vocab_size
 
@@ -81,7 +85,7 @@ class ParallelDecoder(Decoder):
         gathers = list(self._copy.layer_collectives()) if self.stream else []
         sums: list[Collective] = []
         if self._tp:
-            parallel, width = self._tp, self._embedding.weight.shape[1]
+            parallel, width = self._tp, self.embedding.weight.shape[1]
             zeros = torch.zeros(tokens, width, dtype=self.dtype, device=self.device)
             sums = [lambda: parallel.sum(zeros)]
         owed = sums + gathers[:2]
@@ -92,22 +96,22 @@ class ParallelDecoder(Decoder):
     def _resolve(self) -> None:
         super()._resolve()
         if self._tp:
-            for layer in self._layers:
+            for layer in self.layers:
                 layer.attention_output = _Summed(layer.attention_output, self._sum)
                 layer.mlp_down = _Summed(layer.mlp_down, self._sum)
-            self._head = _Concatenated(self._head, self._concatenate)
+            self.head = _Concatenated(self.head, self._concatenate)
 
     def _enter(self, layer: int) -> DecoderLayer:
         if self.stream:
             self.stream.enter(layer)
-        return self._layers[layer]
+        return self.layers[layer]
 
     def _look_up(self, tokens: Tensor) -> Tensor:
         if self._tp is None:
             return super()._look_up(tokens)
         first, end = self._tp.share(self.vocab_size)
         mine = (tokens >= first) & (tokens < end)
-        rows = F.embedding(torch.where(mine, tokens - first, 0), self._embedding.weight)
+        rows = F.embedding(torch.where(mine, tokens - first, 0), self.embedding.weight)
         return self._sum(rows.masked_fill(~mine.unsqueeze(1), 0))
 
     def _slopes(self) -> Tensor:

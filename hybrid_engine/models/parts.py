@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_engine import ops
 from hybrid_engine.models.family import Family
-from hybrid_engine.models.lora import Lora, base_of
+from hybrid_engine.models.lora import ActiveAdapters, Lora, base_of
 from hybrid_engine.weights import FusedParameters, RowsByHead
 
 
@@ -41,6 +41,10 @@ class Linear:
     @property
     def bias(self) -> Tensor | None:
         return self._module.bias
+
+    def adapters(self) -> ActiveAdapters:
+        """The adapters that are active now, with the bias."""
+        return self._lora.active(self.bias, self.weight.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T with the adapters' part, without the bias."""
@@ -118,6 +122,18 @@ class Norm:
             return ops.rms_norm(x, self._module.weight, self._eps, self._offset)
         return ops.layer_norm(x, self._module.weight, self._module.bias, self._eps)
 
+    @property
+    def weight(self) -> Tensor:
+        return self._module.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self._is_rms else self._module.bias
+
+    @property
+    def eps(self) -> float:
+        return self._eps
+
     def after_adding(self, x: Tensor, residual: Tensor) -> Tensor:
         if self._is_rms:
             return ops.add_rms_norm(x, residual, self._module.weight, self._eps, self._offset)
@@ -166,15 +182,26 @@ def plain(module: nn.Module, *kinds: type[nn.Module]) -> Any:
     return module
 
 
-def activation(name: str, *, gated: bool) -> Callable[[Tensor], Tensor]:
-    """The op for HF's name of an activation."""
-    tanh = name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-    if gated and name in ("silu", "swish"):
-        return ops.silu_and_mul
-    if gated and (tanh or name == "gelu"):
-        return functools.partial(ops.gelu_and_mul, tanh=tanh)
-    if not gated and name == "relu":
-        return ops.relu
-    if not gated and (tanh or name == "gelu"):
-        return functools.partial(ops.bias_gelu, bias=None, tanh=tanh)
-    raise ValueError(f"the hybrid engine has no kernel for the activation {name!r}")
+ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+_ACTIVATIONS: dict[str, ActivationKind] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
+
+
+def activation_kind(name: str, *, gated: bool) -> ActivationKind:
+    """The maths behind HF's name of an activation. ValueError when no kernel computes it."""
+    kind = _ACTIVATIONS.get(name)
+    if kind is None or kind == ("relu" if gated else "silu"):
+        raise ValueError(f"the hybrid engine has no kernel for the activation {name!r}")
+    return kind
+
+
+def activation(kind: ActivationKind, *, gated: bool) -> Callable[[Tensor], Tensor]:
+    """The op of an activation."""
+    tanh = kind == "gelu_tanh"
+    if gated:
+        is_silu = kind == "silu"
+        return ops.silu_and_mul if is_silu else functools.partial(ops.gelu_and_mul, tanh=tanh)
+    return ops.relu if kind == "relu" else functools.partial(ops.bias_gelu, bias=None, tanh=tanh)

@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ CUDA_ARCHITECTURES = ("80", "90a")
 # Not -ffast-math: linking with it makes gcc switch the whole process to flush-to-zero.
 CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 
+# As PYBIND11_MODULE has it.
+RUNTIME_MODULE = "hybrid_engine_runtime"
+
 _ERROR_LINES = 20
 
 
@@ -54,8 +58,9 @@ class Compilation:
 
 
 def cpu_sources(csrc: Path) -> list[Path]:
-    """The kernels and bindings that make the CPU library."""
-    return sorted([*csrc.glob("cpu/*.cpp"), *csrc.glob("bindings/*.cpp")])
+    """The kernels, runtime and bindings that make the CPU library."""
+    folders = ("cpu", "runtime", "bindings")
+    return sorted(path for folder in folders for path in csrc.glob(f"{folder}/*.cpp"))
 
 
 def build_cpu(csrc: Path, isa: str) -> Path:
@@ -68,6 +73,20 @@ def build_cpu(csrc: Path, isa: str) -> Path:
     units = [Compilation(path, (compiler, *flags)) for path in cpu_sources(csrc)]
     link = [compiler, "-shared", "-fopenmp", *torch_link_flags()]
     return build(f"cpu_{isa}", csrc, units, link)
+
+
+def build_runtime(csrc: Path, library: Path) -> Path:
+    """Return the Python module of the runtime that is in the CPU library, building it if needed.
+
+    It serves this Python alone. Raises BuildError as `build_cpu` does, and without pybind11.
+    """
+    compiler = find_compiler()
+    flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DHE_DEVICE=cpu", f"-I{csrc}"]
+    for include in (sysconfig.get_path("include"), find_pybind11()):
+        flags += ["-isystem", include]
+    units = [Compilation(path, (compiler, *flags)) for path in sorted(csrc.glob("python/*.cpp"))]
+    # The library's path is part of the module, so that the loader finds the one already loaded.
+    return build(RUNTIME_MODULE, csrc, units, [compiler, "-shared", str(library)])
 
 
 def cuda_sources(csrc: Path) -> list[Path]:
@@ -133,6 +152,15 @@ def find_ninja() -> str:
     if path := shutil.which("ninja"):
         return path
     raise BuildError("ninja is missing: pip install ninja")
+
+
+def find_pybind11() -> str:
+    """The headers of the Python package."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise BuildError("pybind11 is missing: pip install pybind11") from error
+    return str(pybind11.get_include())
 
 
 def torch_compile_flags(csrc: Path) -> list[str]:
@@ -260,7 +288,7 @@ def _content_key(csrc: Path, units: list[Compilation], link: list[str]) -> str:
 
     compilers = sorted({unit.command[0] for unit in units} | {link[0]})
     digest = hashlib.sha256()
-    headers = _headers({csrc, *(unit.source.parent for unit in units)})
+    headers = _headers({csrc, csrc / "runtime", *(unit.source.parent for unit in units)})
     for path in sorted({*(unit.source for unit in units), *headers}):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
     commands = [(unit.source.name, unit.command) for unit in units]

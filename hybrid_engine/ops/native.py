@@ -6,11 +6,15 @@ leaves the PyTorch reference in place; `require` raises instead; `off` never tri
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -28,6 +32,8 @@ class NativeStatus:
     reason: str | None  # why there is none
     cuda_library: Path | None  # the loaded CUDA library
     cuda_reason: str | None  # why there is none
+    runtime: Any = None  # a module: the decode step in one call, of the CPU library
+    runtime_reason: str | None = None  # why there is none
 
 
 def source_directory() -> Path:
@@ -57,7 +63,31 @@ def load() -> NativeStatus:
         cuda = _load("CUDA", policy, lambda: build.build_cuda(source_directory()))
     else:
         cuda = None, "torch sees no CUDA device"
-    return NativeStatus(library, isa if library else None, reason, *cuda)
+    runtime: tuple[ModuleType | None, str | None] = None, reason
+    if library:
+        runtime = _load_runtime(policy, library)
+    return NativeStatus(library, isa if library else None, reason, *cuda, *runtime)
+
+
+def _load_runtime(policy: str, library: Path) -> tuple[ModuleType | None, str | None]:
+    """The runtime's Python module, or why there is none."""
+    try:
+        path = build.build_runtime(source_directory(), library)
+        loader = ExtensionFileLoader(build.RUNTIME_MODULE, str(path))
+        spec = importlib.util.spec_from_file_location(build.RUNTIME_MODULE, path, loader=loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except (build.BuildError, ImportError) as error:
+        if policy == "require":
+            raise
+        warnings.warn(
+            f"hybrid_engine decodes step by step in Python, some times slower, because: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None, str(error)
+    return module, None
 
 
 def _cpu_library(isa: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hybrid_engine import ops
 from hybrid_engine.cache import KVCache
 from hybrid_engine.generation.rows import Rows
 
@@ -88,6 +90,19 @@ def prompts() -> list[list[int]]:
         return [1, *torch.randint(3, 97, (length - 1,), generator=generator).tolist()]
 
     return [random_prompt(length) for length in (5, 1, 16, 17, 40, 2)]
+
+
+@pytest.fixture
+def step_by_step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls a function while the runtime counts as missing."""
+
+    def call(function: Any) -> Any:
+        with monkeypatch.context() as patch:
+            without = dataclasses.replace(ops.NATIVE, runtime=None, runtime_reason="not wanted")
+            patch.setattr(ops, "NATIVE", without)
+            return function()
+
+    return call
 
 
 @pytest.fixture(autouse=True)

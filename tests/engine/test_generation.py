@@ -196,7 +196,7 @@ def test_each_response_is_handed_over_as_it_ends(
 ) -> None:
     steps: list[int] = []
     step = GenerationLoop.step
-    monkeypatch.setattr(GenerationLoop, "step", lambda loop: (steps.append(1), step(loop)))
+    monkeypatch.setattr(GenerationLoop, "step", lambda loop, _: (steps.append(1), step(loop)))
     model = build("llama")
     model.generation_config.eos_token_id = [2, 9, 33]
     taken: list[tuple[int, list[int], int]] = []

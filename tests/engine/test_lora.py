@@ -51,8 +51,8 @@ def test_adapters_are_active(build, hf_greedy, prompts, name: str) -> None:
         assert responses(engine, prompts) == plain
 
 
-def test_few_rows_go_through_the_fused_op(build, prompts, monkeypatch) -> None:
-    """Decoding few sequences: every adapted linear of every step; their prefill: none."""
+def test_few_rows_go_through_the_fused_op(build, prompts, step_by_step, monkeypatch) -> None:
+    """Decoding few sequences layer by layer: every adapted linear; their prefill: none."""
     calls: list[int] = []
     fused = ops.fused_lora
 
@@ -63,11 +63,11 @@ def test_few_rows_go_through_the_fused_op(build, prompts, monkeypatch) -> None:
     monkeypatch.setattr(ops, "fused_lora", counted)
     model = adapted(build("llama"), ["q_proj", "v_proj", "down_proj"])
     engine = HybridEngine(model.get_base_model())
-    engine.generate([prompts[4], prompts[2]], GREEDY)
+    step_by_step(lambda: engine.generate([prompts[4], prompts[2]], GREEDY))
     assert calls == [2] * (GREEDY.max_new_tokens - 1) * 2 * 2  # steps, layers, QKV and down
     calls.clear()
     with model.disable_adapter():
-        engine.generate([prompts[4]], GREEDY)
+        step_by_step(lambda: engine.generate([prompts[4]], GREEDY))
     assert not calls
 
 

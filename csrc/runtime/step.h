@@ -1,0 +1,52 @@
+// One decode step, as every member of a team calls it.
+#pragma once
+
+#include <chrono>
+
+#include "runtime/decode.h"
+
+namespace he::runtime {
+
+class DecodeProgram::Step {
+ public:
+  Step(const DecoderWeights& weights, const DecodeRows& rows, const std::vector<LayerCache>& cache,
+       int64_t count, unsigned char* scratch, std::array<double, kParts>* seconds);
+
+  static int64_t scratch_bytes(const DecoderWeights& weights, const DecodeRows& rows,
+                               int64_t count, int64_t threads);
+
+  void run();
+
+ private:
+  void place();
+  void embed();
+  void layer(size_t index);
+  void attend(const LayerWeights& layer, const LayerCache& cache);
+  void mlp(const LayerWeights& layer);
+  void predict();
+  void sample();
+  void advance();
+
+  void norm(const NormWeights& norm, void* out, const void* x, void* residual);
+  void add(void* sum, const void* x);
+  void multiply(const LinearWeights& linear, void* out, const void* x, const void* bias);
+
+  // Times what follows as `part`, on the member that keeps the time.
+  void enter(Part part);
+
+  const DecoderWeights& w_;
+  const DecodeRows& rows_;
+  const std::vector<LayerCache>& cache_;
+  const int64_t count_;
+  std::array<double, kParts>* seconds_;
+  Part part_ = kRest;
+  std::chrono::steady_clock::time_point since_;
+
+  // Scratch, shared by the team.
+  void *residual_, *x_, *wide_, *inner_, *attended_, *low_, *logits_;  // [count, ...]
+  int64_t *slots_, *sampled_;                                         // [count]
+  int32_t* seq_lens_;                                                 // [count]
+  float *logprobs_, *truncated_, *workspace_;
+};
+
+}  // namespace he::runtime
