@@ -85,7 +85,7 @@ class SourceConfig:
     """One dataset of a mix."""
 
     name: str = "synthetic"
-    """`synthetic`, a .json, .jsonl, .parquet or .arrow file, a folder, or a hub name."""
+    """`synthetic`, `arithmetic`, a .json, .jsonl, .parquet or .arrow file, a folder, a hub name."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     splits: dict[Literal["train", "test"], str] | None = None
@@ -105,7 +105,7 @@ class DataConfig:
     """The data of one step: a dataset, or several mixed."""
 
     name: str = "synthetic"
-    """`synthetic`, a .json, .jsonl, .parquet or .arrow file, a folder, or a hub name."""
+    """`synthetic`, `arithmetic`, a .json, .jsonl, .parquet or .arrow file, a folder, a hub name."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     splits: dict[Literal["train", "test"], str] | None = None
@@ -446,6 +446,50 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "prompts", "samples")
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """`rlhf eval`: one policy measured, or two side by side, on held-out prompts."""
+
+    policy: str
+    """Folder or hub name of the model to judge, A."""
+    against: str | None = None
+    """Another model, B: how often A's answer is the better one."""
+    reference: str | None = None
+    """The model that the KL is measured from; default: against, else policy."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts; their held-out side."""
+    prompts: int = 256
+    """At most so many prompts."""
+    reward_path: str | None = None
+    """The reward model that judges."""
+    reward_functions: list[str] = field(default_factory=list)
+    """Python functions that judge: module:function or path.py:function."""
+    reward_weights: list[float] | None = None
+    """Of the reward functions, in their order; default: 1 each."""
+    reward_model_weight: float = 1.0
+    """Of the reward model, where there are functions too."""
+    metric: str | None = None
+    """Like a reward function: the true quality, where there is one."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    temperature: float = 1.0
+    """Of sampling; 0: always the likeliest token."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+    samples: int = 5
+    """Answers shown side by side."""
+    seed: int = 0
+    """Of sampling."""
+    output_dir: str = "runs/eval"
+    """Where eval.md, eval.json and eval.png go."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "prompts", "max_new_tokens", "samples")
+        _not_negative(self, "temperature")
+        if self.reward_path is None and not self.reward_functions:
+            raise ValueError("nothing judges: give reward_path or reward_functions")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from rlhf.cli.deepspeed_chat import as_lists
+from rlhf.cli.evaluate import eval_parser, evaluate
 from rlhf.cli.plan import plan, plan_parser
 from rlhf.config import RunConfig
 
@@ -35,6 +36,7 @@ def build_parser() -> ArgumentParser:
         step.add_class_arguments(RunConfig)
         commands.add_subcommand(name, step, help=description)
     commands.add_subcommand("chat", _chat_parser(), help="talk to a model")
+    commands.add_subcommand("eval", eval_parser(), help="measure a policy, or compare two")
     commands.add_subcommand("plan", plan_parser(), help="memory, time and cost on given GPUs")
     return parser
 
@@ -71,6 +73,9 @@ def _dispatch(command: str, parser: ArgumentParser, arguments: Namespace) -> Non
             temperature=options.temperature,
             seed=options.seed,
         )
+        return
+    if command == "eval":
+        evaluate(parser.instantiate(arguments)[command])
         return
     if command == "plan":
         plan(arguments.plan)

@@ -10,11 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from rlhf.data import synthetic
+from rlhf.data import arithmetic, synthetic
 from rlhf.data.cache import cached, content_digest, map_rows
 from rlhf.data.formats import (
     FORMATS,
@@ -38,11 +39,7 @@ _TYPES = {
     list: List({"role": Value("string"), "content": Value("string")}),
 }
 
-_GENERATORS: Mapping[Purpose, Callable[..., list[Row]]] = {
-    "demonstrations": synthetic.demonstrations,
-    "preferences": synthetic.preferences,
-    "prompts": synthetic.prompts,
-}
+_GENERATORS: Mapping[str, ModuleType] = {SYNTHETIC: synthetic, "arithmetic": arithmetic}
 _CONVERTERS: Mapping[Purpose, Callable[[Row], Row | None]] = {
     "demonstrations": to_demonstration,
     "preferences": to_preference,
@@ -66,7 +63,8 @@ def load_rows(
     """Load one side of a dataset as canonical rows for a purpose.
 
     Args:
-        name: "synthetic", a .json, .jsonl, .parquet or .arrow file, a folder, or a hub name;
+        name: "synthetic", "arithmetic", a .json, .jsonl, .parquet or .arrow file, a folder, or a
+            hub name;
             DeepSpeed-Chat's "local/jsonfile" is data/train.json and data/eval.json.
         purpose: "demonstrations", "preferences" or "prompts". Prompts keep the columns that are
             not part of the dialogue, for reward functions.
@@ -89,8 +87,8 @@ def load_rows(
         raise ValueError(f"unknown purpose {purpose!r}: choose one of {', '.join(_CONVERTERS)}")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-    if name == SYNTHETIC:
-        rows = _generate(purpose, split, share, max_rows, seed)
+    if name in _GENERATORS:
+        rows = _generate(name, purpose, split, share, max_rows, seed)
     else:
         sides = open_sides(name, subset, splits or {})
         rows = _rename(sides.get(split, sides["train"]), columns or {}, name)
@@ -103,13 +101,13 @@ def load_rows(
 
 
 def _generate(
-    purpose: Purpose, split: Split, share: Share, max_rows: int | None, seed: int
+    name: str, purpose: Purpose, split: Split, share: Share, max_rows: int | None, seed: int
 ) -> Dataset:
     """Synthetic rows, so many that about `max_rows` of them lie in the share."""
     n = SYNTHETIC_ROWS[split] if max_rows is None else max_rows
     if split == "train" and max_rows is not None:
         n = math.ceil(n / max(share[1] - share[0], 1e-3))
-    return Dataset.from_list(_GENERATORS[purpose](n, split, seed=seed))
+    return Dataset.from_list(getattr(_GENERATORS[name], purpose)(n, split, seed=seed))
 
 
 def _rename(rows: Dataset, columns: Mapping[str, str], name: str) -> Dataset:

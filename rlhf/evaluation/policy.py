@@ -28,6 +28,8 @@ class PolicyEvaluation:
     length: float  # response tokens
     ended: float  # share of responses that stopped by themselves
     completions: list[str]  # one a prompt
+    scores: list[float]  # one a prompt; NaN where the reward skipped it
+    lengths: list[int]  # response tokens, one a prompt
 
 
 @torch.no_grad()
@@ -40,10 +42,11 @@ def evaluate_policy(
     *,
     max_new_tokens: int,
     metric: RewardFunction | None,
+    temperature: float = 1.0,
     micro_batch_size: int = 64,
     seed: int = 0,
 ) -> PolicyEvaluation:
-    """Sample one answer to each prompt at temperature 1 and measure it.
+    """Sample one answer to each prompt and measure it.
 
     Ranks divide the prompts among them; what does not divide evenly is left out.
 
@@ -52,7 +55,7 @@ def evaluate_policy(
     """
     for model in (policy, reference):
         model.module.eval()
-    params = SamplingParams(max_new_tokens=max_new_tokens, seed=seed)
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     even = len(prompts) // distributed.world_size() * distributed.world_size()
     prompts = prompts.select(distributed.share(range(even)))
     prompt_ids = list(prompts["input_ids"])
@@ -73,7 +76,7 @@ def evaluate_policy(
     )
     scores = pending.scores(of_model, device=device).total
     kl = [
-        _kl(reference, *part)
+        _kl(reference, *part, temperature=temperature or 1.0)
         for part in zip(
             *(
                 x.split(micro_batch_size)
@@ -92,6 +95,8 @@ def evaluate_policy(
         length=distributed.mean(float(rollout.lengths.sum()), len(responses)),
         ended=distributed.mean(rollout.finish_reasons.count("stop"), len(responses)),
         completions=distributed.all_of(completions),
+        scores=distributed.all_of(scores.tolist()),
+        lengths=distributed.all_of(rollout.lengths.tolist()),
     )
 
 
@@ -101,10 +106,12 @@ def _kl(
     prompt_lengths: Tensor,
     response_lengths: Tensor,
     logprobs: Tensor,
+    *,
+    temperature: float,
 ) -> Tensor:
     """(B,) nats: the k1 estimate summed over each response."""
     ref_logprobs, _ = reference(
-        response_logprobs, input_ids, prompt_lengths, response_lengths, temperature=1.0
+        response_logprobs, input_ids, prompt_lengths, response_lengths, temperature=temperature
     )
     return logprobs.sum(1) - ref_logprobs.sum(1)
 

@@ -191,7 +191,8 @@ def _record(report: RunReport) -> dict[str, object]:
     record.pop("histories")
     for name in ("before", "after"):
         if record[name]:
-            record[name].pop("completions")
+            for column in ("completions", "scores", "lengths"):
+                record[name].pop(column)
     if report.throughput:
         record["throughput"]["ratio"] = report.throughput.ratio
     return {**record, "machine": _machine()}

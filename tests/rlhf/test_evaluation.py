@@ -71,6 +71,8 @@ def test_policy_evaluation_is_the_loop(causal_lm, scorer, tokenizer, prompts, mi
     ended = sum(rollout.response(i)[-1] in STOPS for i in range(7))
     assert found.ended == ended / 7
     assert found.quality == 3.0
+    assert found.scores == pytest.approx(scores, rel=1e-4)
+    assert found.lengths == rollout.lengths.tolist()
     assert found.completions == [
         decode_completion(rollout.response(i), tokenizer) for i in range(7)
     ]
@@ -124,8 +126,9 @@ def test_throughput_counts_real_tokens(causal_lm, tokenizer, prompts) -> None:
 
 def evaluation(score: float, quality: float | None) -> PolicyEvaluation:
     return PolicyEvaluation(
-        score=score, quality=quality, kl=2.5, length=11.0, ended=0.5, completions=["a", "b"]
-    )
+        score=score, quality=quality, kl=2.5, length=11.0, ended=0.5, completions=["a", "b"],
+        scores=[score, score], lengths=[10, 12],
+    )  # fmt: skip
 
 
 def full_report() -> RunReport:

@@ -226,7 +226,7 @@ def test_moving_average_is_the_loop(make) -> None:
     assert len(seen) == 4
     for value in seen:
         expected = 0.9 * expected + 0.1 * value
-    torch.testing.assert_close(trainer.average.weights[name], expected)
+    torch.testing.assert_close(trainer.average.weights()[name], expected)
 
 
 def test_moving_average_moves_where_16_bits_would_not() -> None:
@@ -240,9 +240,9 @@ def test_moving_average_moves_where_16_bits_would_not() -> None:
         average.update()
         half = (0.992 * half + 0.008 * model.weight.detach()).to(torch.float16)
     target = float(model.weight.detach())
-    moved = (float(average.weights["weight"]) - 1) / (target - 1)
+    moved = (float(average.weights()["weight"]) - 1) / (target - 1)
     assert moved == pytest.approx(1 - 0.992**477, abs=1e-3)
-    assert average.weights["weight"].dtype == torch.float32
+    assert average.weights()["weight"].dtype == torch.float32
     assert (float(half) - 1) / (target - 1) < 0.1
 
 
@@ -251,11 +251,12 @@ def test_moving_average_is_saved_as_a_model(make, tokenizer, tmp_path) -> None:
     trainer.train_rlhf(trainer.generate_experience(PROMPTS))
     actor = trainer.engine.actor
     own = {name: p.detach().clone() for name, p in actor.named_parameters()}
-    with trainer.average.applied():
-        save_model(actor, tokenizer, tmp_path / "ema")
+    averages = trainer.average.weights()
+    weights = trainer.actor.weights() | averages
+    save_model(actor, tokenizer, tmp_path / "ema", weights=weights)
     saved = load_causal_lm(str(tmp_path / "ema"), tokenizer, dtype=torch.float32)
     for name, parameter in saved.named_parameters():
-        torch.testing.assert_close(parameter.data, trainer.average.weights[name])
+        torch.testing.assert_close(parameter.data, averages[name])
     assert all(torch.equal(p, own[name]) for name, p in actor.named_parameters())
     assert not torch.equal(saved.get_input_embeddings().weight, own["model.embed_tokens.weight"])
 
