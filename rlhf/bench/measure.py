@@ -59,15 +59,21 @@ def interleave(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(warmup + repeats):
-        for name in list(calls)[:: 1 if round_ % 2 == 0 else -1]:
-            gc.collect()  # what the one before left is not this one's to clear
-            synchronize()
-            start = clock()
-            calls[name]()
-            synchronize()
-            if round_ >= warmup:
-                seconds[name].append(clock() - start)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # as timeit does: one's garbage is not the next one's to collect
+    try:
+        for round_ in range(warmup + repeats):
+            for name in list(calls)[:: 1 if round_ % 2 == 0 else -1]:
+                synchronize()
+                start = clock()
+                calls[name]()
+                synchronize()
+                if round_ >= warmup:
+                    seconds[name].append(clock() - start)
+    finally:
+        if collecting:
+            gc.enable()
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
@@ -85,20 +91,28 @@ def busy_clock() -> float:
 def read_bandwidth(
     device: torch.device | str = "cpu",
     *,
-    size: int = PROBE_BYTES,
+    size: int | None = None,
     clock: Callable[[], float] = busy_clock,
 ) -> float:
-    """The best rate, in bytes a second, at which torch reads `size` bytes on the device.
+    """The best rate, in bytes a second, at which torch reads `size` bytes (default: 1 GiB).
 
     The faster of a matrix-vector product and a norm: neither writes anything to speak of.
     """
-    matrix = torch.ones(max(1, size // 4 // 16384), 16384, device=device)
+    matrix = torch.ones(max(1, (size or PROBE_BYTES) // 4 // 16384), 16384, device=device)
     vector = torch.ones(16384, device=device)
     best = math.inf
     for probe in (lambda: torch.mv(matrix, vector), lambda: torch.linalg.vector_norm(matrix)):
         timing = interleave({"probe": probe}, repeats=8, clock=clock)["probe"]
         best = min(best, *timing.seconds)
     return matrix.numel() * matrix.itemsize / best
+
+
+def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
+    """The best FLOP/s of torch's product of two square matrices of the dtype."""
+    size = 8192 if torch.device(device).type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timing = interleave({"product": lambda: a @ b}, repeats=8)["product"]
+    return 2 * size**3 / min(timing.seconds)
 
 
 def machine(**more: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from rlhf.cli.bench import bench, bench_parser
 from rlhf.cli.deepspeed_chat import as_lists
 from rlhf.cli.evaluate import eval_parser, evaluate
 from rlhf.cli.plan import plan, plan_parser
@@ -38,6 +39,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("chat", _chat_parser(), help="talk to a model")
     commands.add_subcommand("eval", eval_parser(), help="measure a policy, or compare two")
     commands.add_subcommand("plan", plan_parser(), help="memory, time and cost on given GPUs")
+    commands.add_subcommand("bench", bench_parser(), help="measure speed and memory, with peers")
     return parser
 
 
@@ -79,6 +81,9 @@ def _dispatch(command: str, parser: ArgumentParser, arguments: Namespace) -> Non
         return
     if command == "plan":
         plan(arguments.plan)
+        return
+    if command == "bench":
+        bench(arguments.bench)
         return
     config = _run_config(parser.instantiate(arguments)[command])
     from rlhf.pipeline import Pipeline

@@ -1,0 +1,41 @@
+"""Hugging Face continuous batching: a paged cache, requests that come and go."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rlhf.bench.peers import Answer, Generator, Request, hf
+from rlhf.bench.subject import Subject
+
+ABOUT = "transformers continuous batching"
+
+
+def why_not(subject: Subject) -> str | None:
+    if not hasattr(subject.model, "generate_batch"):
+        return "this transformers has no generate_batch"
+    if subject.device.type != "cuda":
+        return "its paged cache is sized from the memory of a GPU"
+    return None
+
+
+@contextmanager
+def generator(subject: Subject) -> Iterator[Generator]:
+    from transformers import GenerationConfig
+
+    model = subject.model
+
+    def generate(request: Request) -> Answer:
+        settings = hf.settings(request)
+        settings["eos_token_id"] = settings["eos_token_id"] or -1
+        found = model.generate_batch(request.prompts, GenerationConfig(**settings))
+        outputs = sorted(found.values(), key=lambda output: _number(output.request_id))
+        return Answer([list(output.generated_tokens) for output in outputs])
+
+    yield generate
+
+
+def _number(request_id: str) -> int:
+    """Requests are numbered in order, as req_0 and so on."""
+    return int("".join(itertools.takewhile(str.isdigit, request_id[::-1]))[::-1] or 0)

@@ -1,0 +1,90 @@
+"""`rlhf bench`: tables, the record, plots, and why a peer was not measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.bench.measure import read_records
+from rlhf.bench.models import step_models
+from rlhf.bench.plain_loop import full_logprobs
+from rlhf.bench.subject import Subject
+from rlhf.cli.main import main
+from rlhf.models import response_logprobs
+
+SMALL = "--model tiny --device cpu --prompt 8 --new_tokens 8 --repeats 1"
+
+
+def bench(what: str, options: str, *more: str) -> int:
+    return main(["bench", what, *SMALL.split(), *options.split(), *more])
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.bench.measure.PROBE_BYTES", 1 << 24)
+
+
+def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--peers hf,ours,deepspeed-he --batch 1,2 --lengths both"
+    assert bench("generate", options, "--output", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "not measured: deepspeed-he: its injected kernels are CUDA only" in shown
+    (record,) = read_records(tmp_path / "generate.jsonl")
+    assert record["machine"]["commit"]
+    assert record["machine"]["read_GBps"] > 0
+    rows = record["rows"]
+    cases = {(row["batch"], row["lengths"], row["peer"]) for row in rows}
+    assert cases == {
+        (b, n, p) for b in (1, 2) for n in ("fixed", "natural") for p in ("hf", "ours")
+    }
+    for row in rows:
+        if row["lengths"] == "fixed":
+            assert row["tokens_per_s"] == pytest.approx(8 * row["batch"] / row["seconds"])
+            assert row["ms_per_step"] == pytest.approx(1e3 * row["seconds"] / 8)
+        assert row["percent_of_peak"] == pytest.approx(
+            100 * row["GBps"] / record["machine"]["read_GBps"]
+        )
+    ratios = {(row["batch"], row["lengths"]): row["ratio"] for row in rows if row["peer"] == "hf"}
+    assert set(ratios.values()) == {1.0}
+    assert (tmp_path / "generate.png").stat().st_size > 5000
+
+
+def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("step", "--peers hf,ours,trl --batch 2", "--output", str(tmp_path)) == 0
+    assert "not measured: trl: TRL has no PPO trainer any more" in capsys.readouterr().out
+    (record,) = read_records(tmp_path / "step.jsonl")
+    assert [row["peer"] for row in record["rows"]] == ["hf", "ours"]
+    for row in record["rows"]:
+        assert set(row["phases"]) == {"rollout", "score", "update_actor", "update_critic"}
+        assert sum(row["phases"].values()) == pytest.approx(row["seconds"], rel=0.5)
+        assert sum(row[f"share_{phase}"] for phase in row["phases"]) == pytest.approx(100)
+    assert record["rows"][1]["logprob_gap_max"] < 1e-4
+    assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+def test_memory(tmp_path: Path) -> None:
+    assert bench("memory", "--peers ours --batch 4", "--output", str(tmp_path)) == 0
+    ((row,),) = [record["rows"] for record in read_records(tmp_path / "memory.jsonl")]
+    assert row["cache_GB"] == 4 * 16 * 2 * 4 * 2 * 32 * 4 / 1e9
+    assert row["peak_GB"] > row["model_GB"]
+
+
+def test_nothing_measured_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("generate", "--peers deepspeed-he --batch 1") == 2
+    assert "nothing was measured: deepspeed-he" in capsys.readouterr().err
+
+
+def test_full_logits_give_the_log_probs_of_the_fused_path(subject: Subject) -> None:
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(3, 850, (3, 12), generator=generator)
+    prompts, responses = torch.tensor([4, 7, 2]), torch.tensor([5, 2, 9])
+    full = full_logprobs(subject.model, input_ids, prompts, responses)
+    fused, _ = response_logprobs(subject.model, input_ids, prompts, responses, temperature=1.0)
+    torch.testing.assert_close(full, fused, atol=1e-4, rtol=1e-4)
+
+
+def test_a_critic_must_read_the_actors_tokens(subject: Subject) -> None:
+    with pytest.raises(ValueError, match="vocabulary of 32000, the actor one of 850"):
+        step_models(subject, "15M", stop=())
