@@ -42,8 +42,8 @@ class OurLoop:
     """`rlhf.PPOTrainer`."""
 
     def __init__(self, models: StepModels, config: PPOConfig, vocab: int, lora: int | None) -> None:
-        from rlhf import PPOTrainer, RLHFEngine
         from rlhf.bench.tokenizer import word_tokenizer
+        from rlhf.trainers import PPOTrainer, RLHFEngine
 
         actor = models.actor
         if lora:
