@@ -25,6 +25,7 @@ from rlhf.data import (
     read_chat_template,
     shares_of,
     texts_of,
+    tokenizer_digest,
     train_tokenizer,
 )
 from rlhf.data.formats import last_content
@@ -169,7 +170,7 @@ class Pipeline:
             engine.rollout_engine.release()
             self._save(trainer.actor, tokenizer, "actor", base=actor_path)
             if trainer.critic is not None:
-                base = self._critic_path(actor_path)
+                base = self._critic_path(actor_path, tokenizer)
                 self._save(trainer.critic, tokenizer, "critic", base=base)
             if trainer.average is not None:
                 averages = trainer.average.weights()
@@ -219,14 +220,10 @@ class Pipeline:
 
     def _reward(self, tokenizer: PreTrainedTokenizerBase) -> Reward:
         config, path = self.config.ppo, self._reward_path()
-        model = None
+        model, own = None, None
         if path is not None:
-            if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
-                raise ValueError(
-                    f"the reward model {path} and the actor have different tokenizers; train the "
-                    "reward model from the same base model"
-                )
-            model = load_scorer(path, tokenizer, dtype=self._dtype)
+            own = self._other_tokenizer(path, tokenizer)
+            model = load_scorer(path, own or tokenizer, dtype=self._dtype)
         return Reward(
             [
                 load_function(path, option="ppo.reward_functions")
@@ -235,16 +232,36 @@ class Pipeline:
             weights=config.reward_weights,
             model=model,
             model_weight=config.reward_model_weight if config.reward_functions else 1.0,
+            model_tokenizer=own,
             overlap=config.reward_overlap,
         )
 
     def _critic(self, actor_path: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module | None:
         if self.config.ppo.algorithm != "ppo":
             return None
-        return load_critic(self._critic_path(actor_path), tokenizer, dtype=self._dtype)
+        path = self._critic_path(actor_path, tokenizer)
+        return load_critic(path, tokenizer, dtype=self._dtype)
 
-    def _critic_path(self, actor_path: str) -> str:
-        return self.config.ppo.critic_path or self._reward_path() or actor_path
+    def _critic_path(self, actor_path: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The given one, else the reward model if it reads the actor's tokens, else the actor."""
+        if given := self.config.ppo.critic_path:
+            if self._other_tokenizer(given, tokenizer) is not None:
+                raise ValueError(
+                    f"the critic {given} has another tokenizer than the actor {actor_path}: it has "
+                    "to read the actor's tokens; give one from the same base model, or none"
+                )
+            return given
+        path = self._reward_path()
+        if path is None or self._other_tokenizer(path, tokenizer) is not None:
+            return actor_path
+        return path
+
+    def _other_tokenizer(
+        self, path: str, tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedTokenizerBase | None:
+        """The tokenizer in a folder; None if it gives the same ids as this one."""
+        own = load_tokenizer(path)
+        return None if tokenizer_digest(own) == tokenizer_digest(tokenizer) else own
 
     def _mixture(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         data = self.config.ppo.ptx_data or self.config.sft.data

@@ -18,10 +18,12 @@ from rlhf.data.batching import (
     length_mask,
 )
 from rlhf.data.blend import DataBlend, blend
+from rlhf.data.cache import tokenizer_digest
 from rlhf.data.encoding import (
     Demonstration,
     Preference,
     decode_completion,
+    encode_answers,
     encode_demonstration,
     encode_demonstrations,
     encode_preference,
@@ -70,6 +72,7 @@ __all__ = [
     "collate_right",
     "decode_completion",
     "detect_format",
+    "encode_answers",
     "encode_demonstration",
     "encode_demonstrations",
     "encode_preference",
@@ -89,5 +92,6 @@ __all__ = [
     "to_demonstration",
     "to_preference",
     "to_prompt",
+    "tokenizer_digest",
     "train_tokenizer",
 ]

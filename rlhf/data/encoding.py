@@ -73,6 +73,15 @@ def encode_prompt(
     return ids if len(ids) <= max_length else None
 
 
+def encode_answers(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Encode {prompt, completion} rows of any length as a reward model reads them: EOS at the end.
+
+    An empty completion is one that says nothing, not one to leave out.
+    """
+    pieces = [demonstration_pieces(row, tokenizer) for row in rows]
+    return [encoded["input_ids"] for encoded in _encode_pieces(pieces, tokenizer)]
+
+
 def decode_completion(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Decode a response: what stands before its first EOS, without special tokens."""
     kept = list(ids)

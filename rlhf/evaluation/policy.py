@@ -71,7 +71,7 @@ def evaluate_policy(
         x.to(device) for x in collate_right(sequences, int(tokenizer.pad_token_id))
     )
     prompt_lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
-    of_model = reward.model_scores(
+    of_model = pending.model_scores(
         input_ids, prompt_lengths, lengths, micro_batch_size=micro_batch_size
     )
     scores = pending.scores(of_model, device=device).total

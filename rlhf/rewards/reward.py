@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data import decode_completion, to_completion
+from rlhf.data import collate_right, decode_completion, encode_answers, to_completion
 from rlhf.engines import Engine, Engines, PlainEngine
 from rlhf.models import sequence_scores
 from rlhf.rewards.functions import RewardFunction, call_function, function_name
@@ -44,11 +44,14 @@ class Reward:
         weights: Sequence[float] | None = None,
         model: nn.Module | Scorer | None = None,
         model_weight: float = 1.0,
+        model_tokenizer: PreTrainedTokenizerBase | None = None,
         overlap: bool = True,
     ) -> None:
         """
         Args:
             model: a classifier with one label, or any `Scorer`.
+            model_tokenizer: of a model that does not share the actor's: it reads the text, encoded
+                with its own tokenizer and chat template.
             overlap: call each function with one response as soon as it ends; False: once with the
                 whole batch, for functions that compare its responses.
         """
@@ -62,6 +65,7 @@ class Reward:
         self.weights = [1.0] * len(functions) if weights is None else list(weights)
         self.model = model if isinstance(model, nn.Module) else None
         self.model_weight = model_weight
+        self.model_tokenizer = model_tokenizer
         self._scorer = model_scorer(PlainEngine(model)) if isinstance(model, nn.Module) else model
         self._overlap = overlap
         self._names = _distinct([function_name(f) for f in functions])
@@ -128,6 +132,45 @@ class PendingScores:
         self._responses[index] = response
         if self._reward._overlap:
             self._call([index])
+
+    def model_scores(
+        self, input_ids: Tensor, prompt_lengths: Tensor, lengths: Tensor, *, micro_batch_size: int
+    ) -> Tensor | None:
+        """What `Reward.model_scores` gives for the responses as the model wants to read them.
+
+        A reward model has learned to score at EOS: it gets one after a response that was cut off,
+        too. Another tokenizer than the actor's encodes the text anew.
+        """
+        reward = self._reward
+        if reward.model is not None:
+            if reward.model_tokenizer is None:
+                sequences = [row[:n].tolist() for row, n in zip(input_ids, lengths, strict=True)]
+                pad_id, eos_id = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
+                sequences = [s if s[-1] == eos_id else [*s, eos_id] for s in sequences]
+            else:
+                pad_id = reward.model_tokenizer.pad_token_id
+                sequences = self._encoded_anew(reward.model_tokenizer, reward.model)
+            input_ids, lengths = (
+                x.to(input_ids.device) for x in collate_right(sequences, int(pad_id))
+            )
+        return reward.model_scores(
+            input_ids, prompt_lengths, lengths, micro_batch_size=micro_batch_size
+        )
+
+    def _encoded_anew(
+        self, tokenizer: PreTrainedTokenizerBase, model: nn.Module
+    ) -> list[list[int]]:
+        """Prompts and responses in the words of another tokenizer, the most recent that fit."""
+        texts = [
+            decode_completion(self._responses[i], self._tokenizer)
+            for i in range(len(self._prompts))
+        ]
+        rows = [
+            {"prompt": prompt, "completion": to_completion(text, prompt)}
+            for prompt, text in zip(self._prompts, texts, strict=True)
+        ]
+        limit = getattr(model.config, "max_position_embeddings", None) or 0
+        return [ids[-limit:] for ids in encode_answers(rows, tokenizer)]
 
     def scores(self, model_scores: Tensor | None, *, device: torch.device) -> Scores:
         """Wait for the functions and add everything up.

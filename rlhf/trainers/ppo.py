@@ -187,9 +187,10 @@ class PPOTrainer:
         repeated = {name: self._ours(column) for name, column in columns.items()}
         tokenizer = self.engine.tokenizer
         texts: list[Any] = repeated.pop("prompt", [])
-        if not texts and self.engine.reward.functions:
+        reward = self.engine.reward
+        if not texts and (reward.functions or reward.model_tokenizer is not None):
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
-        return self.engine.reward.start(texts or prompts, repeated, tokenizer)
+        return reward.start(texts or prompts, repeated, tokenizer)
 
     def _roll_out(self, prompts: list[list[int]], pending: PendingScores) -> Rollout:
         config = self.config

@@ -78,7 +78,7 @@ def score(
     engine: RLHFEngine, config: PPOConfig, experience: Experience, pending: PendingScores
 ) -> Scores:
     """Wait for every part of the reward, and fill in the scores, NaN where all skipped."""
-    model_scores = engine.reward.model_scores(
+    model_scores = pending.model_scores(
         experience.input_ids, experience.prompt_lengths, experience.lengths,
         micro_batch_size=config.micro_batch_size,
     )  # fmt: skip

@@ -58,7 +58,9 @@ def test_policy_evaluation_is_the_loop(causal_lm, scorer, tokenizer, prompts, mi
         for i, prompt in enumerate(ids):
             response = rollout.response(i)
             whole = torch.tensor([[*prompt, *response]])
-            scores.append(float(sequence_scores(reward, whole, torch.tensor([whole.shape[1]]))))
+            end = [] if response[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
+            read = torch.tensor([[*prompt, *response, *end]])  # a score is read at an EOS
+            scores.append(float(sequence_scores(reward, read, torch.tensor([read.shape[1]]))))
             logprobs = [
                 model(input_ids=whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
                 for model in (actor, reference)

@@ -48,7 +48,9 @@ def loop(trainer: PPOTrainer, experience: Experience, reward: nn.Module, i: int)
     ended = ids[-1] in STOPS
     critic = engine.critic.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
     values = engine.critic.score(critic[prompt - 1 : -1]).squeeze(-1)
-    score = reward(input_ids=torch.tensor([ids])).logits[0, 0]
+    eos = engine.tokenizer.eos_token_id  # where the reward model has learned to score
+    read = ids if ids[-1] == eos else [*ids, eos]
+    score = reward(input_ids=torch.tensor([read])).logits[0, 0]
     score = score if ended else score - cfg.missing_eos_penalty
     old = plain_logprobs(engine.actor, ids, prompt, cfg.temperature)
     ref = plain_logprobs(engine.reference, ids, prompt, cfg.temperature)
