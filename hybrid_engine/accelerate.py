@@ -157,7 +157,7 @@ class _AcceleratedGeneration:
         try:
             request = read_request(
                 self, input_ids, logits_processor, stopping_criteria, generation_config,
-                streamer, model_kwargs,
+                streamer, model_kwargs, max_positions=state.engine.max_positions,
             )  # fmt: skip
         except NotServedError as error:
             _count_fallback(state, str(error))
@@ -191,7 +191,10 @@ class _AcceleratedGeneration:
         try:
             if record_timestamps:
                 raise NotServedError("record_timestamps=True")
-            request = read_batch_request(self, inputs, config, options.get("max_new_tokens"))
+            request = read_batch_request(
+                self, inputs, config, options.get("max_new_tokens"),
+                max_positions=state.engine.max_positions,
+            )  # fmt: skip
         except NotServedError as error:
             _count_fallback(state, str(error))
             return super().generate_batch(  # type: ignore[misc]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hybrid_engine.cache import BlockAllocator, KVCache, affordable_blocks
 from hybrid_engine.config import EngineConfig
 from hybrid_engine.generation import GenerationLoop, Rollout, SamplingParams
+from hybrid_engine.generation.checks import check_prompts
 from hybrid_engine.generation.loop import MOST_STEPS
 from hybrid_engine.generation.rows import Rows
 from hybrid_engine.generation.scheduler import Scheduler, Sequence
@@ -214,24 +215,15 @@ class HybridEngine:
             raise ValueError(
                 f"the head says {vocab} tokens, the embedding knows {embedded}; resize one of them"
             )
-        limit = self.max_positions - params.max_new_tokens
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty; give it at least the BOS token")
-            if len(prompt) > limit:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens; with max_new_tokens="
-                    f"{params.max_new_tokens} {self._limit_of_positions()} leave room for {limit}"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < vocab:
-                raise ValueError(
-                    f"prompt {i} has token ids outside [0, {vocab}), the rows of the model's head"
-                )
-
-    def _limit_of_positions(self) -> str:
-        if self.max_positions < self._decoder.max_positions:
-            return f"max_out_tokens={self.max_positions}"
-        return f"the model's {self.max_positions} positions"
+        own = self.max_positions == self._decoder.max_positions
+        check_prompts(
+            prompts,
+            max_new_tokens=params.max_new_tokens,
+            vocab=vocab,
+            positions=self.max_positions,
+            limited_by=f"the model's {self.max_positions} positions" if own
+            else f"max_out_tokens={self.max_positions}",
+        )  # fmt: skip
 
     def _cache_for(self, prompts: list[list[int]], params: SamplingParams) -> KVCache:
         """A cache with room for the longest sequence at least, and for all that run if allowed."""

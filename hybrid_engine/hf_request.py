@@ -63,8 +63,10 @@ def read_request(
     config: GenerationConfig,
     streamer: Any,
     model_kwargs: dict[str, Any],
+    *,
+    max_positions: int,
 ) -> Request:
-    """A call of HF's decoding loop. Raises NotServedError."""
+    """A call of HF's decoding loop, for an engine of so many positions. Raises NotServedError."""
     _check_model(model)
     _check_outputs(model, config, streamer, model_kwargs)
     mask = model_kwargs.get("attention_mask")
@@ -74,11 +76,17 @@ def read_request(
     options = _stopping_options(criteria, width, head_rows(model))
     options |= _sampling_options(processors, config, width)
     options["min_new_tokens"] = min(options.get("min_new_tokens", 0), options["max_new_tokens"])
+    _check_length(prompts, options["max_new_tokens"], max_positions)
     return Request(prompts, SamplingParams(**options), _pad_token_id(config))
 
 
 def read_batch_request(
-    model: Any, prompts: list[list[int]], config: GenerationConfig, max_new_tokens: int | None
+    model: Any,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    max_new_tokens: int | None,
+    *,
+    max_positions: int,
 ) -> Request:
     """A call of HF's `generate_batch`. Raises NotServedError."""
     _check_model(model)
@@ -90,6 +98,7 @@ def read_batch_request(
     longest = max_new_tokens or config.max_new_tokens
     if longest is None:
         raise NotServedError("generate_batch without max_new_tokens")
+    _check_length(prompts, longest, max_positions)
     options = _sampling_options(model._get_logits_processor(config), config, 0)
     options["min_new_tokens"] = min(options.get("min_new_tokens", 0), longest)
     params = SamplingParams(
@@ -106,6 +115,12 @@ def read_batch_request(
 def head_rows(model: Any) -> int:
     """Tokens that the model can say."""
     return whole_shape(model.get_output_embeddings().weight)[0]
+
+
+def _check_length(prompts: list[list[int]], max_new_tokens: int, max_positions: int) -> None:
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    if longest > max_positions:  # HF goes on past the last position
+        raise NotServedError(f"prompt and response may need {longest} positions of {max_positions}")
 
 
 def _sampling_options(

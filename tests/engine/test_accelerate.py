@@ -86,6 +86,35 @@ def test_sampling_follows_the_global_seed(model: Any) -> None:
     assert not torch.equal(draws[0], draws[2])
 
 
+def test_sampling_is_from_the_distribution_of_hf(model: Any) -> None:
+    """All parameters at once: each token's log-prob is that of HF's processors' scores.
+
+    Without padding, which HF's repetition penalty takes for tokens that were said.
+    """
+    ids = torch.tensor([[1, 5, 9, 30, 31], IDS[1].tolist()])
+    he.accelerate(model)
+    torch.manual_seed(3)
+    options = {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "min_p": 0.02,
+               "repetition_penalty": 1.2, "min_new_tokens": 4,
+               "eos_token_id": list(range(0, 97, 9))}  # fmt: skip
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=True,
+        num_return_sequences=16, return_dict_in_generate=True, output_scores=True, **options,
+    )  # fmt: skip
+    assert served(model) == 1
+    theirs = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+    stops = tuple(options.pop("eos_token_id"))
+    torch.manual_seed(3)
+    seed = int(torch.randint(2**31 - 1, ()))  # as the accelerated call drew it
+    params = he.SamplingParams(max_new_tokens=12, n=16, seed=seed, stop_token_ids=stops, **options)
+    rollout = he.HybridEngine(model).generate(ids.tolist(), params)
+    mine = rollout.truncated_logprobs
+    inside = torch.arange(mine.shape[1]) < rollout.lengths.unsqueeze(1)
+    assert torch.equal(torch.where(inside, rollout.tokens, 0), output.sequences[:, 5:])
+    torch.testing.assert_close(mine[inside], theirs[inside], rtol=1e-3, atol=1e-3)
+    assert inside.sum() > 32 * 4
+
+
 def test_sampled_tokens_stay_inside_top_k(model: Any) -> None:
     he.accelerate(model)
     torch.manual_seed(0)
@@ -236,6 +265,8 @@ FALLBACKS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no_repeat_ngram": ({"no_repeat_ngram_size": 2}, "logits processor NoRepeatNGram"),
     "processor": ({"logits_processor": [Unknown()]}, "logits processor Unknown"),
+    "positions": ({"max_new_tokens": 124}, "may need 129 positions of 128"),
+    "inputs_embeds": ({"inputs_embeds": torch.ones(1, 5, 48)}, "model argument inputs_embeds"),
     "max_time": ({"max_time": 100.0}, "stopping criterion MaxTimeCriteria"),
 }
 

@@ -154,5 +154,5 @@ def test_deepspeed_defaults_are_deepspeeds() -> None:
 
 
 def test_tensor_parallel_without_ranks(build) -> None:
-    with pytest.raises(ValueError, match=r"inference_tp_size=2 needs a process group.*torchrun"):
+    with pytest.raises(ValueError, match=r"inference_tp_size=2 needs that many ranks.*torchrun"):
         HybridEngine(build("llama"), EngineConfig(inference_tp_size=2))
