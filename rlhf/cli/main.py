@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import PositiveInt
 
+from rlhf.cli import ranks
 from rlhf.cli.bench import bench, bench_parser
 from rlhf.cli.deepspeed_chat import as_lists
 from rlhf.cli.evaluate import eval_parser, evaluate
@@ -34,6 +37,8 @@ def build_parser() -> ArgumentParser:
         )
         step.add_argument("--config", action=ActionConfigFile, help="YAML file with these options")
         step.add_argument("--debug", action="store_true", help="Show a traceback on errors.")
+        step.add_argument("--resume", action="store_true", help="Go on from the last checkpoint.")
+        step.add_argument("--nproc", type=PositiveInt, default=1, help="Processes to start here.")
         step.add_class_arguments(RunConfig)
         commands.add_subcommand(name, step, help=description)
     commands.add_subcommand("chat", _chat_parser(), help="talk to a model")
@@ -47,23 +52,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     _set_environment()
     parser = build_parser()
-    arguments = parser.parse_args(as_lists(sys.argv[1:] if argv is None else argv))
+    words = ranks.without_local_rank(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(as_lists(words))
     command = arguments.command
     options = arguments[command]
     try:
-        _dispatch(command, parser, arguments)
+        return _dispatch(command, parser, arguments, words)
     except KeyboardInterrupt:
         print("rlhf: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if options.debug or not _is_user_error(error):
-            raise
-        print(f"rlhf {command}: error: {error}", file=sys.stderr)
+        several = ranks.are_joined()
+        if not several or ranks.speaks(error):
+            if options.debug or not (_is_user_error(error) or ranks.is_lost_peer(error)):
+                if not several:
+                    raise
+                traceback.print_exc()
+            else:
+                print(f"rlhf {command}: error: {error}", file=sys.stderr)
+        if several:
+            ranks.quit_at_once(2)
         return 2
-    return 0
 
 
-def _dispatch(command: str, parser: ArgumentParser, arguments: Namespace) -> None:
+def _dispatch(
+    command: str, parser: ArgumentParser, arguments: Namespace, words: Sequence[str]
+) -> int:
     if command == "chat":
         from rlhf.cli.chat import chat
 
@@ -75,23 +89,29 @@ def _dispatch(command: str, parser: ArgumentParser, arguments: Namespace) -> Non
             temperature=options.temperature,
             seed=options.seed,
         )
-        return
+        return 0
     if command == "eval":
         evaluate(parser.instantiate(arguments)[command])
-        return
+        return 0
     if command == "plan":
         plan(arguments.plan)
-        return
+        return 0
     if command == "bench":
         bench(arguments.bench)
-        return
-    config = _run_config(parser.instantiate(arguments)[command])
+        return 0
+    options = parser.instantiate(arguments)[command]
+    config = _run_config(options)
+    if options.nproc > 1 and not ranks.is_launched():
+        return ranks.spawn(words, options.nproc)
+    ranks.join()
     from rlhf.pipeline import Pipeline
 
-    pipeline = Pipeline(config)
+    pipeline = Pipeline(config, resume=options.resume)
     getattr(pipeline, command)()
     if command != "run":
         pipeline.finish(command)
+    ranks.leave()
+    return 0
 
 
 def _run_config(options: Namespace) -> RunConfig:
@@ -124,6 +144,8 @@ def _set_environment() -> None:
     # A waiting OpenMP thread sleeps: when spinning, one busy neighbour makes training 5x slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in one line
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

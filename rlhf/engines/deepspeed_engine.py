@@ -214,7 +214,7 @@ def load_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls collectives by names that newer torch deprecates.
-    warnings.filterwarnings("ignore", message=".*into_tensor.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     try:
         import deepspeed
     except ImportError as error:
