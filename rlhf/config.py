@@ -493,6 +493,25 @@ class ComparisonConfig:
 
 
 @dataclass(frozen=True)
+class RolloutConfig:
+    """Where the weights of a rollout are, and the memory that it may take."""
+
+    inference_tp_size: int = 1
+    """Processes that share one copy of the weights (tensor parallelism); divides all processes."""
+    pin_parameters: bool | None = None
+    """ZeRO 3: gather weights once a rollout; false: layer by layer; default: as memory allows."""
+    dtype: Literal["bfloat16", "float16"] | None = None
+    """Type that rollouts compute in; default: that of the weights."""
+    max_cache_gb: float | None = None
+    """Of the KV cache; default: most of the free memory."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "inference_tp_size")
+        if self.max_cache_gb is not None:
+            _positive(self, "max_cache_gb")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Where a killed run goes on with --resume. Finished steps leave none."""
 
@@ -537,6 +556,8 @@ class RunConfig:
     """In place of steps 2 and 3."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The report."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The actor's generation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints to resume from."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hybrid_engine import EngineConfig
 from rlhf import distributed
 from rlhf.checkpoint import Checkpoints
 from rlhf.config import STEPS, DataConfig, DPOConfig, PPOConfig, RunConfig
@@ -162,7 +164,10 @@ class Pipeline:
                 if trained is not None:
                     add_adapters(trained, self.config.model.lora)
             self._seed_ranks()
-            engine = RLHFEngine(actor, critic, reward, tokenizer, engines=self._engines)
+            engine = RLHFEngine(
+                actor, critic, reward, tokenizer, engines=self._engines,
+                engine_config=EngineConfig(**dataclasses.asdict(self.config.rollout)),
+            )  # fmt: skip
             mixture = self._mixture(tokenizer) if config.ptx_coef else None
             trainer = PPOTrainer(engine, config, seed=self.config.seed, mixture=mixture)
             rows = _encoded(self._data(config.data, "prompts"), "train", tokenizer)
@@ -301,7 +306,11 @@ class Pipeline:
         evaluation = self.config.evaluation
         rows = _encoded(self._data(step.data, "prompts"), "test", tokenizer)
         rows = rows.select(range(min(evaluation.prompts, len(rows))))
-        options: dict[str, Any] = {"max_new_tokens": step.max_new_tokens, "metric": self._metric}
+        options: dict[str, Any] = {
+            "max_new_tokens": step.max_new_tokens,
+            "metric": self._metric,
+            "engine_config": EngineConfig(**dataclasses.asdict(self.config.rollout)),
+        }
         self.report.before = evaluate_policy(sft, sft, reward, tokenizer, rows, **options)
         self.report.after = evaluate_policy(actor, sft, reward, tokenizer, rows, **options)
         answers = zip(
@@ -314,12 +323,10 @@ class Pipeline:
         ]
         if evaluation.compare_hf_generate:
             prompts = list(rows["input_ids"])[: step.batch_size]
-            with actor.gathered():
-                if distributed.is_first():
-                    self.report.throughput = compare_with_hf_generate(
-                        actor.module, tokenizer, prompts, max_new_tokens=step.max_new_tokens
-                    )
-            distributed.barrier()
+            with actor.gathered():  # for HF's generate; ranks may share the weights of ours
+                self.report.throughput = compare_with_hf_generate(
+                    actor.module, tokenizer, prompts, max_new_tokens=step.max_new_tokens
+                )
 
     # ---- what the steps share --------------------------------------------------------------------
 

@@ -44,22 +44,17 @@ class FrozenDeepSpeedEngine:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Below ZeRO 3 the weights are here; whoever moves them leaves DeepSpeed's where they were.
-
-        DeepSpeed writes its updates into buffers of its own, which the weights are views of.
-        """
-        if self._zero_stage == 3:
-            from deepspeed.runtime.zero import unwrap_model_for_generation
-
-            with unwrap_model_for_generation(self._engine):
-                yield
-            return
-        places = [(parameter, parameter.data) for parameter in self.module.parameters()]
-        try:
+        if self._zero_stage < 3:
             yield
-        finally:
-            for parameter, data in places:
-                parameter.data = data
+            return
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(self._engine):
+            yield
+
+    @contextlib.contextmanager
+    def for_rollout(self) -> Iterator[None]:
+        yield
 
     @contextlib.contextmanager
     def editing(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:

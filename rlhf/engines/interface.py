@@ -40,6 +40,10 @@ class Engine(Protocol):
         """Inside, the module itself has all its weights, as if it were on one process."""
         ...
 
+    def for_rollout(self) -> AbstractContextManager[None]:
+        """Inside, a HybridEngine on the module generates, wherever the weights lie."""
+        ...
+
     def editing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Inside, these parameters are whole; what is written into them stays.
 
@@ -89,6 +93,10 @@ class PlainEngine:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def for_rollout(self) -> Iterator[None]:
         yield
 
     @contextlib.contextmanager

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_engine import HybridEngine, SamplingParams
+from hybrid_engine import EngineConfig, HybridEngine, SamplingParams
 from rlhf import distributed
 from rlhf.data import collate_right, decode_completion, to_completion
 from rlhf.engines import Engine
@@ -43,6 +43,7 @@ def evaluate_policy(
     max_new_tokens: int,
     metric: RewardFunction | None,
     temperature: float = 1.0,
+    engine_config: EngineConfig | None = None,
     micro_batch_size: int = 64,
     seed: int = 0,
 ) -> PolicyEvaluation:
@@ -60,8 +61,8 @@ def evaluate_policy(
     prompts = prompts.select(distributed.share(range(even)))
     prompt_ids = list(prompts["input_ids"])
     pending = reward.start(list(prompts["prompt"]), _columns(prompts), tokenizer)
-    with policy.gathered():
-        engine = HybridEngine(policy.module)
+    with policy.for_rollout():
+        engine = HybridEngine(policy.module, engine_config)
         rollout = engine.generate(prompt_ids, params, on_finish=pending.submit)
         engine.release()
     responses = [rollout.response(i) for i in range(len(prompt_ids))]

@@ -112,7 +112,7 @@ class PPOTrainer:
                     f"column {name} has {len(column)} entries for {len(prompts)} prompts"
                 )
         repeated = [list(prompt) for prompt in self._ours(prompts)]
-        with self._watch("rollout"), self.actor.gathered():
+        with self._watch("rollout"), self.actor.for_rollout():
             pending = self._pending(repeated, columns or {})
             rollout = self._roll_out(repeated, pending)
         with self._watch("score"):

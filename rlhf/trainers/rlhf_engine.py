@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -43,7 +44,12 @@ class RLHFEngine:
         self.tokenizer = tokenizer
         self.reward = reward if isinstance(reward, Reward) else Reward(model=reward)
         self.reward.place_model(self.engines)
-        self.rollout_engine = HybridEngine(actor, engine_config)
+        self._engine_config = engine_config
+
+    @functools.cached_property
+    def rollout_engine(self) -> HybridEngine:
+        """Made when it is first used: by then the weights are where training has them."""
+        return HybridEngine(self.actor, self._engine_config)
 
     def reference_engine(self, actor: Engine) -> Engine:
         """The reference by itself, or read through the actor's engine where that has it."""
@@ -71,4 +77,9 @@ class ActorWithoutAdapters(PlainEngine):
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         with self._actor.gathered(), adapters_off(self.module):
+            yield
+
+    @contextlib.contextmanager
+    def for_rollout(self) -> Iterator[None]:
+        with self._actor.for_rollout(), adapters_off(self.module):
             yield
