@@ -104,6 +104,7 @@ class Pipeline:
             data = self._data(config.data, "demonstrations")
             model, tokenizer = self._first_model(data)
             self.report.parameters = parameter_count(model)
+            self._seed_ranks()
             trainer = SFTTrainer(
                 model, tokenizer, config, seed=self.config.seed, engines=self._engines
             )
@@ -182,7 +183,6 @@ class Pipeline:
                 self._save(trainer.actor, tokenizer, "actor_ema", base=actor_path, over=averages)
         with self._watch("evaluation"):
             self._evaluate(trainer.actor, trainer.reference, reward, tokenizer, config)
-        self._end("ppo")
 
     def dpo(self) -> None:
         config = self.config.dpo
