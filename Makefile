@@ -12,8 +12,9 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/rlhf run --config examples/tiny_cpu.yaml
 
+# Two files at a time; waiting OpenMP threads sleep, so that they do not take the other file's core.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadfile
 
 # On a machine with a CUDA device.
 test-gpu: $(VENV)/installed-test
