@@ -102,7 +102,6 @@ class HybridEngine:
         params = params or SamplingParams()
         with (
             contextlib.nullcontext() if self._in_rollout else self.rollout(),
-            torch.autocast(self._decoder.device.type, enabled=False),  # the weights' type decides
             self._together(),
         ):
             requests = self._requests(prompts, params)

@@ -86,10 +86,11 @@ class GenerationLoop:
     @torch.inference_mode()
     def step(self, most: int = 1) -> None:
         """1 to `most` tokens for every running sequence; new ones get their first before."""
-        if admitted := self._scheduler.admit():
-            self._prefill(admitted)
-        if self._rows.count:
-            self._decode(most)
+        with torch.autocast(self._decoder.device.type, enabled=False):  # the weights' type decides
+            if admitted := self._scheduler.admit():
+                self._prefill(admitted)
+            if self._rows.count:
+                self._decode(most)
 
     def take_finished(self) -> list[tuple[int, list[int]]]:
         """Place and response of each sequence that has ended since the last call."""

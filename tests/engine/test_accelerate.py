@@ -361,6 +361,7 @@ def test_engine_ignores_an_autocast_of_another_type(build) -> None:
     expected = engine.generate([[1, 5, 9]], params)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(engine.generate([[1, 5, 9]], params).logprobs, expected.logprobs)
+        assert list(engine.stream([1, 5, 9], params)) == expected.response(0)
 
 
 def test_deepcopy_generates_with_its_own_weights(model: Any) -> None:
@@ -482,7 +483,6 @@ def test_self_check_passes_in_fewer_bits(build, family: str, dtype: str) -> None
 
 
 def test_speedup_is_measured_on_both_loops(model: Any) -> None:
-    assert he.measure_speedup(model, repeats=1, new_tokens=8) == pytest.approx(1, rel=0.99)
     he.accelerate(model).train()
     assert he.measure_speedup(model, repeats=2, new_tokens=8) > 0
     assert served(model) == 3  # and as many on HF's loop
