@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf.bench.baseline import compare, read_baseline, write_baseline
 from rlhf.bench.measure import geometric_mean, machine, read_bandwidth
+
+BASELINE = Path(__file__).with_name("baseline.json")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-baseline", action="store_true", help=f"write the ratios to {BASELINE.name}"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,4 +75,23 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     slower = [f"{r['name']} ({r['ratio']:.2f})" for r in records if r["ratio"] < 1]
     write(f"all: geometric mean {overall:.2f} over {len(records)} cases")
     write(f"slower than torch: {', '.join(slower) or 'none'}")
+    write("")
+    if regressed(write, {case: geometric_mean(by_op[case]) for case in by_op}, header, config):
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
     write(json.dumps({**header, "geometric_mean": round(overall, 3), "cases": records}))
+
+
+def regressed(
+    write: Callable[[str], None], ratios: dict[str, float], header: Any, config: pytest.Config
+) -> bool:
+    """Show each family's mean ratio beside the committed one, or commit it as it is now."""
+    changes = compare(read_baseline(BASELINE), ratios)
+    write("{:<24}{:>10}{:>8}".format("mean ratio", "baseline", "now"))
+    for change in changes:
+        then, now = (f"{x:.2f}" if x is not None else "" for x in (change.before, change.now))
+        write(f"{change.case:<24}{then:>10}{now:>8}  {change.verdict}")
+    if config.getoption("--update-baseline"):
+        write_baseline(BASELINE, ratios, header)
+        write(f"written: {BASELINE}")
+        return False
+    return any(change.regressed for change in changes)

@@ -1,18 +1,27 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: build, tests, compute-sanitizer, op benchmarks.
-#   benchmarks/gpu/run.sh FOLDER
-# Leaves a log of each part, ops.json and summary.json in FOLDER. A part that fails does not stop
-# the others; each has a time limit, together under ten minutes. No network. PYTHON and CUDA_HOME
-# choose the tools. Exits with 0 if all went well, with 1 if a part failed, and with 3 without a
-# GPU, where it builds what it would run and says so.
+# Everything that needs a GPU, phase by phase.
+#   benchmarks/gpu/run.sh PHASE FOLDER
+#   build     the CUDA library, and the driver for compute-sanitizer
+#   test      pytest -m gpu, and compute-sanitizer over the kernels
+#   ops       every op against torch
+#   generate  rollouts against the peers that are installed: 1.3B, 1B, 7B; short, long, natural
+#   step      PPO iterations of OPT-1.3B + 350M against the plain HF loop
+#   memory    the largest models that train on this GPU, with LoRA
+#   all       build, test and ops: what checks the kernels
+# Each ends inside ten minutes; a part that fails does not stop the others. Leaves a log of each
+# part, JSON records, plots and PHASE.summary.json in FOLDER. No network. PYTHON and CUDA_HOME choose
+# the tools. Exits with 0 if all went well, with 1 if a part failed, and with 3 without a GPU, where
+# build and all build what they would run, and the others run nothing.
 set -uo pipefail
 
-if [[ $# -ne 1 ]]; then
-  echo "usage: $0 FOLDER" >&2
+phases="build test ops generate step memory all"
+if [[ $# -ne 2 || " $phases " != *" $1 "* ]]; then
+  echo "usage: $0 {${phases// /|}} FOLDER" >&2
   exit 2
 fi
-mkdir -p "$1" || exit 2
-out=$(cd "$1" && pwd)
+phase=$1
+mkdir -p "$2" || exit 2
+out=$(cd "$2" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -73,23 +82,80 @@ export python nvcc families target scratch
 finish() {
   local joined
   joined=$(printf ', %s' "${parts[@]}")
-  echo "{\"gpu\": $1, \"seconds\": $SECONDS, \"parts\": [${joined:2}]}" >"$out/summary.json"
-  cat "$out/summary.json"
+  echo "{\"gpu\": $1, \"seconds\": $SECONDS, \"parts\": [${joined:2}]}" >"$out/$phase.summary.json"
+  cat "$out/$phase.summary.json"
+}
+
+# bench NAME SECONDS WHAT OPTIONS...: one `rlhf bench`, its record and plot in FOLDER/NAME/.
+bench() {
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$python" -m rlhf.cli.main bench "$@" --output "$out/$name"
+}
+
+run_build() {
+  part build 300 build_library
+  part driver 150 build_driver
+}
+
+run_test() {
+  part tests 300 "$python" -m pytest -m gpu -q -p no:cacheprovider
+  part sanitizer 200 sanitize
+}
+
+run_ops() {
+  part ops 400 "$python" -m benchmarks.gpu.ops "$out/ops.json"
+}
+
+run_generate() {
+  local peers=hf,hf-compile,hf-cb,vllm,deepspeed-he,ours
+  bench generate-opt-1.3b 170 generate --model opt-1.3b --prompt 256 --new_tokens 128 \
+    --batch 1,8,32,128 --peers $peers --repeats 3
+  bench generate-llama-1b 120 generate --model llama-3.2-1b --prompt 256 --new_tokens 128 \
+    --batch 1,32 --peers $peers --repeats 3
+  bench generate-llama-7b 130 generate --model llama-2-7b --prompt 256 --new_tokens 128 \
+    --batch 1,32 --peers hf,ours --repeats 3
+  bench generate-long 90 generate --model opt-1.3b --prompt 1024 --new_tokens 1024 \
+    --batch 8 --peers hf,ours --repeats 1
+  bench generate-natural 60 generate --model opt-1.3b --prompt 256 --new_tokens 256 \
+    --batch 64 --lengths natural --peers hf,ours --repeats 3
+}
+
+run_step() {
+  bench step-opt-1.3b 280 step --model opt-1.3b --critic opt-350m --prompt 256 --new_tokens 256 \
+    --batch 32 --peers hf,ours --repeats 3
+  bench step-opt-1.3b-natural 200 step --model opt-1.3b --critic opt-350m --prompt 256 \
+    --new_tokens 256 --batch 32 --lengths natural --peers hf,colossal,ours --repeats 2
+}
+
+run_memory() {
+  local size
+  bench memory-opt-1.3b 120 memory --model opt-1.3b --prompt 256 --new_tokens 256 --batch 8,64 \
+    --peers hf,ours
+  for size in 13b 30b 66b; do
+    bench "memory-opt-$size-lora" 140 step --model "opt-$size" --critic opt-350m --lora 64 \
+      --prompt 256 --new_tokens 256 --batch 8 --peers ours --repeats 1
+  done
+}
+
+run_all() {
+  part build 150 build_library
+  part tests 220 "$python" -m pytest -m gpu -q -p no:cacheprovider
+  part sanitizer 110 sanitize
+  part ops 100 "$python" -m benchmarks.gpu.ops "$out/ops.json"
 }
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "no GPU: a dry run, which builds the library and the driver and measures nothing"
+  echo "no GPU: nothing is measured"
   target=sm_90a
-  part build 300 build_library
-  part sanitizer 150 build_driver
-  part ops 60 "$python" -c 'import benchmarks.gpu.ops, benchmarks.gpu.cases_model'
+  case $phase in
+    build | all) run_build ;;
+    *) part imports 60 "$python" -c 'import benchmarks.gpu.cases_model, rlhf.bench.step' ;;
+  esac
   finish false
   exit 3
 fi
 
-part build 150 build_library
-part tests 220 "$python" -m pytest -m gpu -q -p no:cacheprovider
-part sanitizer 110 sanitize
-part ops 100 "$python" -m benchmarks.gpu.ops "$out/ops.json"
+"run_$phase"
 finish true
-! grep -q '"status": [^0]' "$out/summary.json"
+! grep -q '"status": [^0]' "$out/$phase.summary.json"

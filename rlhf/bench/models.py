@@ -15,16 +15,17 @@ from rlhf.plan.known import known_config
 
 @dataclass(frozen=True)
 class StepModels:
-    """Actor and critic are trained; reference and reward are their frozen starts."""
+    """Actor and critic are trained. Whoever needs a reference copies the actor before."""
 
     actor: nn.Module
     critic: nn.Module
-    reference: nn.Module
     reward: nn.Module
 
 
-def step_models(subject: Subject, critic: str | None, *, stop: tuple[int, ...]) -> StepModels:
-    """Copies of the subject as actor and reference; scorers of the critic's shape."""
+def step_models(
+    subject: Subject, critic: str | None, *, stop: tuple[int, ...], copied: bool = True
+) -> StepModels:
+    """The subject as actor, a copy of it or itself; scorers of the critic's shape."""
     from transformers import AutoModelForSequenceClassification
 
     config: Any = deepcopy(subject.model.config) if critic is None else known_config(critic)
@@ -39,8 +40,8 @@ def step_models(subject: Subject, critic: str | None, *, stop: tuple[int, ...]) 
     torch.manual_seed(1)
     with torch.device(subject.device):
         scorer = AutoModelForSequenceClassification.from_config(config, dtype=subject.dtype).eval()
-    actor = deepcopy(subject.model)
+    actor = deepcopy(subject.model) if copied else subject.model
     for settings in (actor.config, actor.generation_config):
         settings.eos_token_id = list(stop) or None
         settings.pad_token_id = 0
-    return StepModels(actor, scorer, deepcopy(actor).requires_grad_(False), deepcopy(scorer))
+    return StepModels(actor, scorer, deepcopy(scorer))

@@ -7,6 +7,7 @@ what differs is what is measured: the rollout, and log-probs through a (B, T, V)
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class PlainLoop:
             engines: what makes engines, such as `rlhf.engines.Engines()`.
         """
         self._models, self._config, self._stop = models, config, stop_token_ids
+        reference = deepcopy(models.actor).requires_grad_(False)
         steps = config.iterations * config.epochs
         self.actor: TrainingEngine = engines.training(
             models.actor, config.actor_optimizer, total_steps=steps, role="actor"
@@ -60,7 +62,7 @@ class PlainLoop:
             models.critic, config.critic_optimizer, total_steps=steps, role="critic"
         )
         self.rollout = rollout_of(self.actor)
-        self._reference = engines.frozen(models.reference, role="reference")
+        self._reference = engines.frozen(reference, role="reference")
         self._reward = engines.frozen(models.reward, role="reward")
         self.phases: dict[str, float] = {}
 

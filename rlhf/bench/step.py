@@ -114,7 +114,7 @@ def measure_steps(
                 continue
             report(f"{name}: building its models and checking its greedy tokens")
             try:
-                models = step_models(subject, critic, stop=stop)
+                models = step_models(subject, critic, stop=stop, copied=len(peers) > 1)
                 loop = stack.enter_context(_loop(name, subject, models, config, stop, lora))
             except Exception as error:  # one peer must not cost the figures of the others
                 notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"

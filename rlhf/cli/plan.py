@@ -29,7 +29,7 @@ def plan_parser() -> ArgumentParser:
     )
     add("--critic", type=str | None, help="The same for critic and reward; default: the actor's.")
     add("--gpus", type=int, default=1, help="Number of GPUs.")
-    add("--gpu", type=str, default="A100-80", help="V100-32, A6000, A100-40, A100-80, H100, H200.")
+    add("--gpu", type=str | None, help="V100-32, A6000, A100-40, A100-80, H100 or H200.")
     add("--step", type=Literal["all", "sft", "reward", "ppo"], default="ppo", help="What to plan.")
     add("--prompt", type=int, default=256, help="Tokens of a prompt.")
     add("--response", type=int, default=256, help="Tokens of a response.")
@@ -38,9 +38,11 @@ def plan_parser() -> ArgumentParser:
     add("--sft_samples", type=int | None, help="Demonstrations; default: half of samples.")
     add("--epochs", type=int, default=1, help="PPO epochs over an iteration's experience.")
     add("--lora", type=int | None, help="Rank of adapters on the actor; default: full training.")
-    add("--dtype", type=Literal["bfloat16", "float16"], default="bfloat16", help="Of the weights.")
+    add("--dtype", type=Literal["bfloat16", "float16", "float32"], default="bfloat16",
+        help="Of the weights.")  # fmt: skip
     add("--price", type=float | None, help="Dollars of a GPU-hour; default: the table's.")
     add("--system", type=str, default="hybrid-rlhf", help="hybrid-rlhf or deepspeed-chat.")
+    add("--records", type=str | None, help="File of `rlhf bench step`: its constants and device.")
     add("--output", type=str | None, help="JSON file for the plans.")
     add("--scaling", type=str | None, help="Folder for the study up to 1024 GPUs, with a plot.")
     add("--debug", action="store_true", help="Show a traceback on errors.")
@@ -52,15 +54,22 @@ def plan(options: Namespace) -> None:
     from rich.console import Console
 
     from rlhf.plan import SYSTEMS, Cluster, find_device, find_shape
+    from rlhf.plan.calibrate import from_file
     from rlhf.plan.scaling import study, write_study
     from rlhf.plan.show import plain
 
     if options.system not in SYSTEMS:
         raise ValueError(f"no system {options.system!r}: use one of {', '.join(SYSTEMS)}")
-    console, device = Console(), find_device(options.gpu)
+    console, system = Console(), SYSTEMS[options.system]
+    if options.records:
+        system, device = from_file(Path(options.records), system)
+        if options.gpu:  # another device, with the shares that were measured
+            device = find_device(options.gpu)
+    else:
+        device = find_device(options.gpu or "A100-80")
     if options.price is not None:
         device = replace(device, dollars=options.price)
-    cluster, system = Cluster(device, options.gpus), SYSTEMS[options.system]
+    cluster = Cluster(device, options.gpus)
     actors = [find_shape(name) for name in options.model.split(",")]
     plans = [p for actor in actors for p in _plan_one(actor, cluster, system, options, console)]
     if options.output:
@@ -81,7 +90,8 @@ def _plan_one(
     from rlhf.plan.show import show_plan, show_supervised
     from rlhf.plan.supervised import supervised
 
-    dtype = options.dtype if options.dtype in cluster.device.flops else "float16"
+    known = cluster.device.flops
+    dtype = options.dtype if options.dtype in known else next(iter(known))
     recipe, models = _recipe(options), _models(actor, options)
     if options.step in ("all", "sft"):
         samples = options.sft_samples or max(1, options.samples // 2)

@@ -85,7 +85,11 @@ def told(model: str) -> System:
             break
         share = system.update * rest_too_long
         system = replace(
-            system, cache_read=system.cache_read * too_long, forward=share, update=share
+            system,
+            cache_read=system.cache_read * too_long,
+            decode=share,
+            forward=share,
+            update=share,
         )
     return system
 

@@ -30,7 +30,8 @@ def show_plan(plans: Sequence[Plan], console: Console) -> None:
         console.print(_memory_table(best))
         console.print(_time_line(best))
     else:
-        console.print("nothing fits: try --lora, a shorter response, or more GPUs")
+        lora = "" if best.strategy.lora else "--lora, "
+        console.print(f"nothing fits: try {lora}a shorter response, or more GPUs")
     console.print(_layout_table(plans))
 
 

@@ -14,6 +14,7 @@ class System:
     layer_seconds: float  # host time of one decoder layer in a decode step, where it waits for it
     weight_read: float  # share of the bandwidth at which decode reads the weights
     cache_read: float  # share of the bandwidth at which decode reads the KV cache
+    decode: float  # share of the FLOP/s in the products of a decode step
     forward: float  # share of the FLOP/s in prefill and scoring
     update: float  # share of the FLOP/s in forward and backward
     links: float = 0.7  # share of the links' bandwidth that collectives reach
@@ -30,6 +31,7 @@ HYBRID = System(
     layer_seconds=0.0,  # the decode step is one CUDA graph
     weight_read=0.75,
     cache_read=0.6,
+    decode=0.45,
     forward=0.45,
     update=0.4,
 )
@@ -41,6 +43,7 @@ DEEPSPEED_CHAT = System(
     layer_seconds=0.9e-3,
     weight_read=0.7,
     cache_read=0.2,
+    decode=0.4,
     forward=0.4,
     update=0.35,
     links=0.09,

@@ -90,7 +90,7 @@ class Estimator:
         actor, tp, system = self.models.actor, self.strategy.tp, self.system
         bandwidth = self.cluster.device.bandwidth
         read = HALF * actor.parameters / tp / (bandwidth * system.weight_read)
-        multiply = rows * actor.forward_flops(1) / self._flops(system.forward)
+        multiply = rows * actor.forward_flops(1) / self._flops(system.decode)
         length = self.recipe.prompt + self.recipe.response / 2
         cache = HALF * rows * length * actor.kv_elements / (bandwidth * system.cache_read)
         device = max(read, multiply) + cache + self._tensor_parallel(rows)
