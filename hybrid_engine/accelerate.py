@@ -31,6 +31,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hybrid_engine.config import EngineConfig
 from hybrid_engine.engine import HybridEngine
+from hybrid_engine.generation import Rollout
 from hybrid_engine.hf_output import LazyOutput, Replay, batch_outputs
 from hybrid_engine.hf_request import NotServedError, Request, read_batch_request, read_request
 from hybrid_engine.self_check import SelfCheck, self_check
@@ -50,9 +51,20 @@ class Acceleration:
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls that ran on HF
     _autocast: dict[torch.dtype, HybridEngine] = field(default_factory=dict, repr=False)
 
-    def serving(self, device: torch.device) -> HybridEngine:
-        """The engine for this call, which it counts: under autocast, one of autocast's type."""
-        self.served += 1
+    def generate(self, request: Request, device: torch.device) -> Rollout:
+        """Serve a request, and count it. Raises NotServedError if the model cannot be read now."""
+        with contextlib.ExitStack() as stack:
+            try:
+                engine = self._serving(device)
+                if not engine.in_rollout:
+                    stack.enter_context(engine.rollout())
+            except ValueError as error:
+                raise NotServedError(str(error)) from error
+            self.served += 1
+            return engine.generate(request.prompts, request.params)
+
+    def _serving(self, device: torch.device) -> HybridEngine:
+        """Under autocast, an engine of autocast's type."""
         config = self.config or EngineConfig()
         if config.dtype is not None or not torch.is_autocast_enabled(device.type):
             return self.engine
@@ -159,13 +171,14 @@ class _AcceleratedGeneration:
                 self, input_ids, logits_processor, stopping_criteria, generation_config,
                 streamer, model_kwargs, max_positions=state.engine.max_positions,
             )  # fmt: skip
+            rollout = state.generate(request, input_ids.device)
         except NotServedError as error:
             _count_fallback(state, str(error))
             return super()._sample(  # type: ignore[misc]
                 input_ids, logits_processor, stopping_criteria, generation_config,
                 synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
             )  # fmt: skip
-        sequences = _generate(state.serving(input_ids.device), input_ids, request)
+        sequences = _sequences(rollout, input_ids, request.pad_token_id)
         if not generation_config.return_dict_in_generate:
             return sequences
         replay = Replay(
@@ -195,13 +208,12 @@ class _AcceleratedGeneration:
                 self, inputs, config, options.get("max_new_tokens"),
                 max_positions=state.engine.max_positions,
             )  # fmt: skip
+            rollout = state.generate(request, self.device)  # type: ignore[attr-defined]
         except NotServedError as error:
             _count_fallback(state, str(error))
             return super().generate_batch(  # type: ignore[misc]
                 inputs, generation_config, continuous_batching_config, record_timestamps, **options
             )
-        engine = state.serving(self.device)  # type: ignore[attr-defined]
-        rollout = engine.generate(request.prompts, request.params)
         wants = (
             continuous_batching_config is not None and continuous_batching_config.return_logprobs
         )
@@ -232,12 +244,11 @@ class _AcceleratedGeneration:
         return (*constructor, *state[2:])
 
 
-def _generate(engine: HybridEngine, input_ids: Tensor, request: Request) -> Tensor:
+def _sequences(rollout: Rollout, input_ids: Tensor, pad_token_id: int) -> Tensor:
     """Left-padded prompts and right-padded responses, (B, P + T)."""
-    rollout = engine.generate(request.prompts, request.params)
     steps = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device)
     inside = steps < rollout.lengths.unsqueeze(1)
-    responses = torch.where(inside, rollout.tokens, request.pad_token_id)
+    responses = torch.where(inside, rollout.tokens, pad_token_id)
     return torch.cat((input_ids, responses.to(input_ids.device)), dim=1)
 
 

@@ -63,6 +63,11 @@ class HybridEngine:
         """The type that rollouts compute in."""
         return self._decoder.dtype
 
+    @property
+    def in_rollout(self) -> bool:
+        """Whether `rollout()` is entered."""
+        return self._in_rollout
+
     @contextlib.contextmanager
     def rollout(self) -> Iterator[None]:
         """Flip to generation: the weights as they are now, and a KV cache that lives until exit."""

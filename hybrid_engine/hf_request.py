@@ -151,7 +151,7 @@ def _drops(module: nn.Module) -> bool:
     """Whether a module's dropout is active. Many HF modules have a rate and no Dropout module."""
     if isinstance(module, nn.Dropout):
         return module.p > 0
-    rates = (rate for name, rate in vars(module).items() if "dropout" in name)
+    rates = (rate for name, rate in vars(module).items() if "drop" in name)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 

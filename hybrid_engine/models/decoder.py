@@ -20,6 +20,7 @@ from hybrid_engine.models.parts import (
     Norm,
     activation,
     activation_kind,
+    finder,
     norm_eps,
     plain,
 )
@@ -149,7 +150,7 @@ class Decoder:
 
     def _resolve(self) -> None:
         """Find the parts of the model."""
-        family, find = self.family, self._model.get_submodule
+        family, find = self.family, finder(self._model)
 
         def optional(path: str | None) -> Any:
             return find(path) if path else None

@@ -147,7 +147,7 @@ class DecoderLayer:
         def norm(path: str | None) -> Norm | None:
             return Norm(find(path), family) if path else None
 
-        find = layer.get_submodule
+        find = finder(layer)
         self.attention_norm = Norm(find(family.attention_norm), family)
         self.qkv = stacked_qkv(
             [find(path) for path in family.qkv], family, config.num_attention_heads
@@ -165,6 +165,21 @@ class DecoderLayer:
     @property
     def linears(self) -> list[Linear]:
         return [self.qkv, self.attention_output, self.mlp_up, self.mlp_down]
+
+
+def finder(module: nn.Module) -> Callable[[str], Any]:
+    """`module.get_submodule`, with a ValueError where nothing has that path."""
+
+    def find(path: str) -> Any:
+        try:
+            return module.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(
+                f"{type(module).__name__} has no {path}, where its family keeps it: a module is "
+                "wrapped or replaced, or the table is wrong"
+            ) from error
+
+    return find
 
 
 def norm_eps(module: Any) -> float:

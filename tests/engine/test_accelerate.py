@@ -20,6 +20,7 @@ from transformers import (
 
 import hybrid_engine as he
 from hybrid_engine.models import FAMILIES
+from hybrid_engine.speedup import plain_generation
 from rlhf.data import train_tokenizer
 
 IDS = torch.tensor([[0, 0, 1, 5, 9], [1, 7, 20, 21, 22]])
@@ -327,6 +328,37 @@ def test_own_position_ids_go_to_hf(model: Any) -> None:
     assert torch.equal(found, expected)
 
 
+def test_a_layer_that_is_changed_later_goes_to_hf(model: Any) -> None:
+    """As an adapter of an unknown kind: it is never ignored, and the script goes on."""
+
+    class Doubled(nn.Module):
+        def __init__(self, wrapped: nn.Module) -> None:
+            super().__init__()
+            self.wrapped = wrapped
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.wrapped(x)
+
+    he.accelerate(model)
+    model.model.layers[1].mlp.down_proj = Doubled(model.model.layers[1].mlp.down_proj)
+    with pytest.warns(RuntimeWarning, match="own loop.*found Doubled"):
+        found = model.generate(IDS, do_sample=False, **OPTIONS)
+    assert served(model) == 0
+    with plain_generation(model):
+        assert torch.equal(model.generate(IDS, do_sample=False, **OPTIONS), found)
+    model.model.layers[1].mlp.down_proj = model.model.layers[1].mlp.down_proj.wrapped
+    model.generate(IDS, do_sample=False, **OPTIONS)
+    assert served(model) == 1
+
+
+def test_a_call_inside_an_open_rollout(model: Any) -> None:
+    he.accelerate(model)
+    expected = model.generate(IDS, do_sample=False, **OPTIONS)
+    with he.acceleration(model).engine.rollout():  # type: ignore[union-attr]
+        assert torch.equal(model.generate(IDS, do_sample=False, **OPTIONS), expected)
+    assert served(model) == 2
+
+
 def test_encoder_decoder_stays_with_hf() -> None:
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)
@@ -448,6 +480,8 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
         {"window": lambda config, layer: 4 * (layer == 1)},
         "from layer 1 on",
     ),
+    "no-such-layer-part": ("llama", {"mlp_down": "mlp.down"}, "LlamaDecoderLayer has no mlp.down"),
+    "no-such-part": ("llama", {"rotary": "rotary"}, "LlamaForCausalLM has no rotary"),
     "final-norm": ("llama", {"final_norm": "model.layers.0.input_layernorm"}, "after the last"),
 }
 
@@ -461,7 +495,7 @@ def test_broken_table_is_caught(build, monkeypatch: pytest.MonkeyPatch, name: st
     state = {name: value.clone() for name, value in model.state_dict().items()}
     monkeypatch.setitem(FAMILIES, family, dataclasses.replace(FAMILIES[family], **fields))
     cls = type(model)
-    with pytest.warns(RuntimeWarning, match=f"self-check failed.*{where}"):
+    with pytest.warns(RuntimeWarning, match=f"is not accelerated.*{where}"):
         he.accelerate(model)
     assert type(model) is cls
     assert he.acceleration(model) is None
