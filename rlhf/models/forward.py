@@ -1,8 +1,9 @@
 """Log-probs, values and scores of right-padded batches.
 
 No attention mask is needed: attention is causal, padding is at the right, and whatever is read is
-read at positions found by length. Log-probs come from the hidden states, so no (B, T, V) tensor
-exists. A model in train mode has its dropout on; call `eval()` for anything but SFT.
+read at positions found by length. Where there is much padding it is left out (`packed`). Log-probs
+come from the hidden states, so no (B, T, V) tensor exists. A model in train mode has its dropout
+on; call `eval()` for anything but SFT.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_engine.ops import linear_logprob
+from rlhf.models.packed import LEAST_PADDING, is_packable, packed_hidden_states
 
 
 def completion_logprobs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
@@ -22,9 +24,11 @@ def completion_logprobs(model: nn.Module, input_ids: Tensor, loss_mask: Tensor) 
 
     Returns (loss_mask[:, 1:].sum(),) fp32.
     """
-    hidden = _hidden_states(model, input_ids)[:, :-1]  # (B, T - 1, D), predicts the next column
-    wanted = loss_mask[:, 1:]
-    logprobs, _ = _head_logprobs(model, hidden[wanted], input_ids[:, 1:][wanted], 1.0)
+    rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)  # (N,), predicts the next column
+    steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+    lengths = (steps * loss_mask).amax(1) + 1  # (B,), what comes after the last one is not needed
+    hidden = _hidden_at(model, input_ids, lengths, rows, columns)
+    logprobs, _ = _head_logprobs(model, hidden, input_ids[rows, columns + 1], 1.0)
     return logprobs
 
 
@@ -53,10 +57,11 @@ def response_logprobs(
 
     Returns two (B, T) fp32 with T the longest response; 0 after the end.
     """
-    hidden = _hidden_states(model, input_ids)
     rows, columns, mask = _predicting_positions(prompt_lengths, response_lengths)
+    lengths = prompt_lengths + response_lengths
+    hidden = _hidden_at(model, input_ids, lengths, rows, columns)
     targets = input_ids[rows, columns + 1]  # (N,)
-    logprobs, entropy = _head_logprobs(model, hidden[rows, columns], targets, temperature)
+    logprobs, entropy = _head_logprobs(model, hidden, targets, temperature)
     return _scatter(logprobs, mask), _scatter(entropy, mask)
 
 
@@ -68,21 +73,28 @@ def response_values(
     `critic` is a sequence classification model with one label; one that was a normalised reward
     model starts from its normalised scores.
     """
-    hidden = _hidden_states(critic, input_ids)
     rows, columns, mask = _predicting_positions(prompt_lengths, response_lengths)
-    return _scatter(_score(critic, hidden[rows, columns]), mask)
+    lengths = prompt_lengths + response_lengths
+    hidden = _hidden_at(critic, input_ids, lengths, rows, columns)
+    return _scatter(_score(critic, hidden), mask)
 
 
 def sequence_scores(scorer: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
     """The reward model's score at the last real token of each sequence, (B,) fp32."""
-    hidden = _hidden_states(scorer, input_ids)
     rows = torch.arange(len(lengths), device=lengths.device)
-    return _score(scorer, hidden[rows, lengths - 1])
+    return _score(scorer, _hidden_at(scorer, input_ids, lengths, rows, lengths - 1))
 
 
-def _hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """(B, T) -> (B, T, D), after the final norm."""
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[operator]
+def _hidden_at(
+    model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Hidden states (N, D), after the final norm, at N places of right-padded ids (B, T)."""
+    padding = 1 - float(lengths.sum()) / max(1, input_ids.numel())
+    if padding > LEAST_PADDING and is_packable(model):
+        hidden, packing = packed_hidden_states(model, input_ids, lengths)
+        return hidden[packing.starts[rows] + columns]
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[operator]
+    return hidden[rows, columns]
 
 
 def _score(scorer: nn.Module, hidden: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from datasets import Dataset
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from rlhf.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.rewards import Reward
 from rlhf.tracking import Tracker
-from rlhf.trainers import PPOTrainer, RewardTrainer, RLHFEngine, SFTTrainer
+from rlhf.trainers import DPOTrainer, PPOTrainer, RewardTrainer, RLHFEngine, SFTTrainer
 
 ROWS, PROMPT, RESPONSE, VOCABULARY = 16, 16, 48, 16384
 ALL_LOGITS = ROWS * RESPONSE * VOCABULARY * 4  # bytes of (B, T, V) in fp32: 50 MB
@@ -85,6 +85,24 @@ def test_reward_model(scorer, tokenizer, prompts, tmp_path: Path) -> None:
 
     def train() -> None:
         with Tracker(tmp_path, "reward") as tracker:
+            trainer.train(
+                Dataset.from_dict(columns), tracker=tracker, console=Console(file=io.StringIO())
+            )
+
+    assert largest_allocation(train) < ALL_LOGITS / 8
+
+
+def test_dpo(causal_lm, tokenizer, prompts, tmp_path: Path) -> None:
+    """With the log-probs of the reference."""
+    chosen, rejected = [p * 4 for p in prompts], [p * 3 for p in prompts]
+    columns = {
+        "chosen_ids": chosen, "chosen_mask": [[0] * PROMPT + [1] * (3 * PROMPT)] * ROWS,
+        "rejected_ids": rejected, "rejected_mask": [[0] * PROMPT + [1] * (2 * PROMPT)] * ROWS,
+    }  # fmt: skip
+    trainer = DPOTrainer(causal_lm(vocab_size=VOCABULARY), tokenizer, DPOConfig(batch_size=ROWS))
+
+    def train() -> None:
+        with Tracker(tmp_path, "dpo") as tracker:
             trainer.train(
                 Dataset.from_dict(columns), tracker=tracker, console=Console(file=io.StringIO())
             )
