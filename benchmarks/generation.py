@@ -1,4 +1,4 @@
-"""Rollout against HF `generate` and CTranslate2: same random weights, prompts and sampling, one run.
+"""Rollout against HF `generate` and CTranslate2: same weights, prompts and sampling, one run.
 
     python benchmarks/generation.py                                  # the table of README.md
     python benchmarks/generation.py --models 15M:float32 --batches 8 # some of it
@@ -11,6 +11,7 @@ tables are Markdown; the last line is one JSON record.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -113,7 +114,7 @@ def decode_rows(name: str, arguments: argparse.Namespace, read_rate: float) -> l
         for sampling in contenders.SAMPLING:
             calls = everyone.calls(sampling, arguments.new_tokens)
             seconds = measure(
-                {who: lambda call=call: call(prompts) for who, call in calls.items()},  # type: ignore[misc]
+                {who: functools.partial(call, prompts) for who, call in calls.items()},
                 arguments.repeats,
             )
             step = {
@@ -204,9 +205,11 @@ def machine(read_rate: float) -> dict[str, Any]:
 def show(found: list[Row], wholes: list[Row], header: dict[str, Any]) -> None:
     """Tables in Markdown."""
     print("\n" + ", ".join(f"{name} {value}" for name, value in header.items()) + "\n")
-    print("| model | B | sampling | ours ms | HF ms | x HF | x HF static | x CTranslate2 |"
-          " decode ms | matrices | attention | sampling | rest | host | % of floor | spread |")  # fmt: skip
-    print("|---" * 16 + "|")
+    columns = ["model", "B", "sampling", "ours ms", "HF ms", "x HF", "x HF static",
+               "x CTranslate2", "decode ms", "matrices", "attention", "sampling", "rest", "host",
+               "% of floor", "spread"]  # fmt: skip
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
     for row in found:
         step = row["ms_per_step"]
         cells = [row["model"], row["batch"], row["sampling"], f"{step['ours']:.2f}",

@@ -59,7 +59,7 @@ struct Membership {
 
 inline thread_local Membership membership;
 
-// Makes the calling thread a member for the scope; of no team, a launcher runs on this thread alone.
+// Makes the calling thread a member for the scope.
 class MembershipScope {
  public:
   explicit MembershipScope(Membership inside) : before_(membership) { membership = inside; }
@@ -69,6 +69,16 @@ class MembershipScope {
 
  private:
   const Membership before_;
+};
+
+// For the scope, launchers run on the calling thread alone, and nobody waits for anybody.
+class AloneScope {
+ public:
+  AloneScope() : scope_({&team_, 0}) {}
+
+ private:
+  Team team_{1};
+  MembershipScope scope_;
 };
 
 // How many threads a launcher would get.
@@ -84,7 +94,7 @@ void run_team(int64_t most, const Body& body) {
     const int index = membership.index;
     const int size = static_cast<int>(std::min<int64_t>(team->size(), most));
     {
-      MembershipScope alone({});
+      AloneScope alone;
       if (index < size) body(index, size);
     }
     return team->barrier();

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/linear.h"
 #include "cpu/math.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -16,6 +15,8 @@ using cpu::parallel_for;
 using cpu::Vec;
 
 constexpr int64_t kElementsPerThread = 16384;
+// Elements of the residual up to which every member has its own.
+constexpr int64_t kOwnElements = 32768;
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -95,25 +96,26 @@ void combine(T* to, const T* x, const T* y, int64_t count, const Function& f) {
 int64_t DecodeProgram::Step::scratch_bytes(const DecoderWeights& weights, const DecodeRows& rows,
                                            int64_t count, int64_t threads) {
   const std::vector<LayerCache> none;
-  const Step measured(weights, rows, none, count, nullptr, nullptr);
-  // The attention's workspace comes last, and depends on the size of the team.
   cpu::Team team(static_cast<int>(threads));
-  cpu::MembershipScope scope({&team, 0});
-  const int64_t floats = cpu::paged_attention_workspace(attention_args(weights, rows, count));
-  return reinterpret_cast<int64_t>(measured.workspace_) + floats * 4 + 64;
+  cpu::MembershipScope scope({&team, static_cast<int>(threads) - 1});
+  const Step last(weights, rows, none, count, nullptr, nullptr);
+  return last.scratch_end_ + 64;
 }
 
 DecodeProgram::Step::Step(const DecoderWeights& weights, const DecodeRows& rows,
                           const std::vector<LayerCache>& cache, int64_t count,
                           unsigned char* scratch, std::array<double, kParts>* seconds)
-    : w_(weights), rows_(rows), cache_(cache), count_(count), seconds_(seconds) {
+    : w_(weights),
+      rows_(rows),
+      cache_(cache),
+      count_(count),
+      seconds_(seconds),
+      own_rows_(count * weights.hidden <= kOwnElements) {
   Pieces pieces(scratch);
   const int64_t row = count * element_size(w_.dtype);
-  residual_ = pieces.take(row * w_.hidden);
-  x_ = pieces.take(row * w_.hidden);
   wide_ = pieces.take(row * widest(w_));
   inner_ = pieces.take(row * widest(w_));
-  attended_ = pieces.take(row * w_.num_heads * w_.head_dim);
+  attended_ = pieces.take(row * w_.hidden);
   low_ = pieces.take(row * most_rank(w_));
   logits_ = pieces.take(row * w_.vocab);
   slots_ = pieces.take<int64_t>(count * 8);
@@ -121,14 +123,20 @@ DecodeProgram::Step::Step(const DecoderWeights& weights, const DecodeRows& rows,
   seq_lens_ = pieces.take<int32_t>(count * 4);
   logprobs_ = pieces.take<float>(count * 4);
   truncated_ = pieces.take<float>(count * 4);
-  workspace_ = pieces.take<float>(0);
+  const int64_t floats = cpu::paged_attention_workspace(attention_args(weights, rows, count));
+  workspace_ = pieces.take<float>(floats * 4);
+  for (int i = 0; i <= (own_rows_ ? cpu::membership.index : 0); ++i) {
+    residual_ = pieces.take(row * w_.hidden);
+    x_ = pieces.take(row * w_.hidden);
+  }
+  scratch_end_ = pieces.end();
   if (seconds_) since_ = std::chrono::steady_clock::now();
 }
 
 void DecodeProgram::Step::run() {
   place();
-  embed();
-  norm(w_.layers[0].attention_norm, x_, residual_, nullptr);
+  on_own_rows([&] { embed(); });
+  on_own_rows([&] { norm(w_.layers[0].attention_norm, x_, residual_, nullptr); });
   for (size_t i = 0; i < w_.layers.size(); ++i) layer(i);
   predict();
   sample();
@@ -172,15 +180,25 @@ void DecodeProgram::Step::layer(size_t index) {
   const LayerWeights& layer = w_.layers[index];
   attend(layer, cache_[index]);  // leaves its result in attended_
   enter(kRest);
-  if (w_.parallel_residual) {
-    norm(layer.mlp_norm, x_, residual_, nullptr);
-    add(residual_, attended_);
-  } else {
-    norm(layer.mlp_norm, x_, attended_, residual_);
-  }
+  on_own_rows([&] {
+    if (w_.parallel_residual) {
+      norm(layer.mlp_norm, x_, residual_, nullptr);
+      add(residual_, attended_);
+    } else {
+      norm(layer.mlp_norm, x_, attended_, residual_);
+    }
+  });
   mlp(layer);  // leaves its result in attended_
   const bool last = index + 1 == w_.layers.size();
-  norm(last ? w_.final_norm : w_.layers[index + 1].attention_norm, x_, attended_, residual_);
+  const NormWeights& next = last ? w_.final_norm : w_.layers[index + 1].attention_norm;
+  on_own_rows([&] { norm(next, x_, attended_, residual_); });
+}
+
+template <typename Body>
+void DecodeProgram::Step::on_own_rows(const Body& body) {
+  if (!own_rows_) return body();
+  cpu::AloneScope alone;
+  body();
 }
 
 void DecodeProgram::Step::attend(const LayerWeights& layer, const LayerCache& cache) {
@@ -223,16 +241,49 @@ void DecodeProgram::Step::attend(const LayerWeights& layer, const LayerCache& ca
 
 void DecodeProgram::Step::mlp(const LayerWeights& layer) {
   const int64_t dim = layer.mlp_down.in_dim;
-  multiply(layer.mlp_up, wide_, x_, layer.mlp_up.bias);
-  enter(kRest);
-  if (w_.gated) {
-    cpu::activation_and_mul(inner_, wide_, count_, dim, w_.activation, w_.dtype, nullptr);
+  if (w_.gated && layer.mlp_up.adapters.empty() && !layer.mlp_up.transposed) {
+    multiply_gated(layer.mlp_up, dim);
   } else {
-    cpu::bias_activation(inner_, wide_, nullptr, count_, dim, w_.activation, w_.dtype, nullptr);
+    multiply(layer.mlp_up, wide_, x_, layer.mlp_up.bias);
+    enter(kRest);
+    if (w_.gated) {
+      cpu::activation_and_mul(inner_, wide_, count_, dim, w_.activation, w_.dtype, nullptr);
+    } else {
+      cpu::bias_activation(inner_, wide_, nullptr, count_, dim, w_.activation, w_.dtype, nullptr);
+    }
   }
   multiply(layer.mlp_down, attended_, inner_, layer.mlp_down.bias);
   enter(kRest);
   if (layer.mlp_output_norm.weight) norm(layer.mlp_output_norm, attended_, attended_, nullptr);
+}
+
+// inner_ = activation(x gate^T) * (x up^T): each member has some columns of both, so that the
+// activation waits for nobody. Its products lie together in wide_, [count, 2, columns].
+void DecodeProgram::Step::multiply_gated(const LinearWeights& both, int64_t dim) {
+  enter(kMatrices);
+  constexpr int64_t kColumns = 16;  // a cache line of fp32
+  const int64_t size = element_size(w_.dtype);
+  const int64_t grain = kElementsPerThread / (both.in_dim * count_) + 1;
+  const auto at = [&](const void* base, int64_t element) {
+    return base ? static_cast<const unsigned char*>(base) + element * size : nullptr;
+  };
+  parallel_for((dim + kColumns - 1) / kColumns, grain / kColumns + 1, [&](int64_t b, int64_t e) {
+    const int64_t begin = b * kColumns, width = std::min(e * kColumns, dim) - begin;
+    unsigned char* products = static_cast<unsigned char*>(wide_) + 2 * count_ * begin * size;
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t row = half * dim + begin;
+      cpu::Linear part = product(both, products + half * width * size, x_, at(both.bias, row));
+      part.weight = at(both.weight, row * both.in_dim);
+      part.out_dim = width;
+      part.out_stride = 2 * width;
+      cpu::linear(part);
+    }
+    for (int64_t i = 0; i < count_; ++i) {
+      unsigned char* out = static_cast<unsigned char*>(inner_) + (i * dim + begin) * size;
+      cpu::activation_and_mul(out, products + 2 * i * width * size, 1, width, w_.activation,
+                              w_.dtype, nullptr);
+    }
+  });
 }
 
 // Logits, capped, with the stop tokens out of reach in the first steps.
@@ -316,9 +367,8 @@ void DecodeProgram::Step::add(void* sum, const void* x) {
   });
 }
 
-void DecodeProgram::Step::multiply(const LinearWeights& linear, void* out, const void* x,
-                                   const void* bias) {
-  enter(kMatrices);
+cpu::Linear DecodeProgram::Step::product(const LinearWeights& linear, void* out, const void* x,
+                                         const void* bias) {
   cpu::Linear whole{};
   whole.out = out;
   whole.x = x;
@@ -330,6 +380,13 @@ void DecodeProgram::Step::multiply(const LinearWeights& linear, void* out, const
   whole.scale = 1.f;
   whole.transposed = linear.transposed;
   whole.dtype = w_.dtype;
+  return whole;
+}
+
+void DecodeProgram::Step::multiply(const LinearWeights& linear, void* out, const void* x,
+                                   const void* bias) {
+  enter(kMatrices);
+  const cpu::Linear whole = product(linear, out, x, bias);
   cpu::linear(whole);
   for (const AdapterWeights& adapter : linear.adapters) {
     cpu::Linear down = whole;
