@@ -11,7 +11,7 @@ import torch
 
 from rlhf import distributed
 from rlhf.bench.check import check_tokens, logprob_gap
-from rlhf.bench.measure import Timing, interleave
+from rlhf.bench.measure import Timing, interleave, peers_clock
 from rlhf.bench.peers import Answer, Generator, Request, find_peer
 from rlhf.bench.subject import Subject, Workload
 
@@ -84,7 +84,7 @@ def measure_generation(
                 continue
             timed[name] = Timed(generate, request)
         report(f"timing {', '.join(timed)}: {repeats} repeats and one before, in turn")
-        timings = interleave(timed, repeats=repeats) if timed else {}
+        timings = interleave(timed, repeats=repeats, clock=peers_clock) if timed else {}
         return [
             _row(subject, workload, request, name, timings[name], timed[name], read_bandwidth)
             for name in timings

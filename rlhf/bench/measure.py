@@ -88,6 +88,12 @@ def busy_clock() -> float:
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
+def peers_clock() -> float:
+    """Seconds; on a CPU with one thread those of the process, peers' own threads included."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if alone else time.perf_counter()
+
+
 def read_bandwidth(
     device: torch.device | str = "cpu",
     *,
@@ -111,7 +117,7 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     """The best FLOP/s of torch's product of two square matrices of the dtype."""
     size = 8192 if torch.device(device).type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    timing = interleave({"product": lambda: a @ b}, repeats=8)["product"]
+    timing = interleave({"product": lambda: a @ b}, repeats=8, clock=busy_clock)["product"]
     return 2 * size**3 / min(timing.seconds)
 
 

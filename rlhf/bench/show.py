@@ -36,7 +36,7 @@ def show_header(console: Console, header: Row) -> None:
     console.print(
         f"{header['gpu'] or header['processor']}, {header['threads']} threads, kernels "
         f"{header['kernels']}, {versions}, Python {header['python']}, commit {header['commit']}, "
-        f"load {header['load']}, reads {header['read_GBps']:.1f} GB/s",
+        f"load {header['load']}, reads {header['read_GBps']:.1f} GB/s, clock {header['clock']}",
         soft_wrap=True,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from rlhf import distributed
 from rlhf.bench.check import check_tokens
 from rlhf.bench.generate import share
-from rlhf.bench.measure import interleave
+from rlhf.bench.measure import interleave, peers_clock
 from rlhf.bench.models import StepModels, step_models
 from rlhf.bench.peers import Answer, Request, find_peer
 from rlhf.bench.plain_loop import PlainLoop, Rollout
@@ -122,11 +123,12 @@ def measure_steps(
             ours = name == "ours"
             timed[name] = Timed(loop, prompts if ours else share(prompts))
         report(f"timing {', '.join(timed)}: {repeats} repeats and one before, in turn")
-        timings = interleave(timed, repeats=repeats) if timed else {}
+        timings = interleave(timed, repeats=repeats, clock=peers_clock) if timed else {}
     rows = []
     for name, timing in timings.items():
-        best = timed[name].phases[-repeats:]
-        phases = {p: sorted(x[p] for x in best)[len(best) // 2] for p in PHASES}
+        laps = timed[name].phases[-repeats:]
+        shares = {p: statistics.median(lap[p] / sum(lap.values()) for lap in laps) for p in PHASES}
+        phases = {p: timing.median * shares[p] / sum(shares.values()) for p in PHASES}
         gap = getattr(timed[name].loop, "gap", None)
         rows.append({
             "model": subject.name, "critic": critic or subject.name, "peer": name,

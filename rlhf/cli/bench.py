@@ -200,9 +200,10 @@ def _header(options: Namespace, console: Console) -> dict[str, Any]:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(options) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    alone = torch.get_num_threads() == 1 and device == "cpu"
     header = machine(
-        device=device, read_GBps=read_bandwidth(device) / 1e9,
-        matmul_TFLOPs=matmul_rate(device, dtype) / 1e12,
+        device=device, clock="of the process" if alone else "wall",
+        read_GBps=read_bandwidth(device) / 1e9, matmul_TFLOPs=matmul_rate(device, dtype) / 1e12,
     )  # fmt: skip
     show_header(console, header)
     return header

@@ -32,7 +32,7 @@ def measured_device(machine: Row, dtype: str) -> Device:
     The peaks are the measured ones in both cases.
     """
     name = str(machine["gpu"] or machine["processor"])
-    listed = [device for key, device in DEVICES.items() if key.split("-")[0].upper() in name]
+    listed = [d for d in DEVICES.values() if all(part in name for part in d.name.split("-"))]
     peaks = {dtype: machine["matmul_TFLOPs"] * TFLOPS}
     bandwidth = 1e9 * machine["read_GBps"]
     if listed:
