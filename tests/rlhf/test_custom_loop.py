@@ -21,8 +21,8 @@ def example() -> ModuleType:
 
 
 def test_it_learns(example, capsys) -> None:
-    scores = example.main(iterations=25)
-    assert len(capsys.readouterr().out.splitlines()) == 25
+    scores = example.main(iterations=40)
+    assert len(capsys.readouterr().out.splitlines()) == 40
     assert sum(scores[-5:]) / 5 > sum(scores[:3]) / 3 + 0.15
 
 

@@ -12,6 +12,7 @@ import torch
 
 from hybrid_engine import HybridEngine, SamplingParams
 from rlhf.data import decode_completion
+from rlhf.models import load_critic, save_model
 from rlhf.rewards import FunctionError, Reward, load_function
 from rlhf.rewards.gsm8k import exact_answer
 
@@ -199,3 +200,14 @@ def test_gsm8k_exact_answer(name: str) -> None:
 def test_gsm8k_thousands_and_missing_references() -> None:
     found = exact_answer(["q"] * 2, ["#### 1,250", "5"], answer=["#### 1250", "unknown"])
     assert found == [1.0, None]
+
+
+def test_a_critic_without_a_reward_model_starts_at_zero(causal_lm, scorer, tokenizer, tmp_path):
+    """From a language model the score head is zeros; a reward model's own head is kept."""
+    ids = torch.tensor([[1, 50, 60]])
+    save_model(causal_lm(), tokenizer, tmp_path / "actor")
+    save_model(scorer(seed=2), tokenizer, tmp_path / "reward")
+    fresh = load_critic(str(tmp_path / "actor"), tokenizer, dtype=torch.float32)
+    assert (fresh(input_ids=ids).logits == 0).all()
+    trained = load_critic(str(tmp_path / "reward"), tokenizer, dtype=torch.float32)
+    assert torch.equal(trained.score.weight, scorer(seed=2).score.weight)
