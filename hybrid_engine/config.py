@@ -37,7 +37,7 @@ class EngineConfig:
     dtype: Literal["bfloat16", "float16"] | None = None  # of rollouts; None: as weights are stored
     inference_tp_size: int = 1  # ranks that share one copy of the weights in rollouts
     pin_parameters: bool | None = None  # ZeRO-3: gather once a rollout; None: if memory allows
-    tp_gather_partition_size: int = 8  # ZeRO-3: layers that are gathered at a time
+    tp_gather_partition_size: int = 8  # ZeRO-3: small layers that one collective gathers at most
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

@@ -68,6 +68,13 @@ class HybridEngine:
         """Whether `rollout()` is entered."""
         return self._in_rollout
 
+    def rollout_parameters(self) -> dict[str, nn.Parameter]:
+        """What a rollout reads, by the model's names: the live parameters, or a copy of them.
+
+        A copy is empty outside of `rollout()`; with tensor parallelism it has this rank's slices.
+        """
+        return dict(self._decoder.named_parameters())
+
     @contextlib.contextmanager
     def rollout(self) -> Iterator[None]:
         """Flip to generation: the weights as they are now, and a KV cache that lives until exit."""

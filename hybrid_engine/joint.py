@@ -90,8 +90,9 @@ class JointRollout:
         self._pin = config.pin_parameters
         self._parallel = parallel
         self._copy = RolloutCopy(
-            model, family, shards=shards, parallel=parallel, dtype=config.rollout_dtype
-        )
+            model, family, shards=shards, parallel=parallel, dtype=config.rollout_dtype,
+            layers_together=config.tp_gather_partition_size,
+        )  # fmt: skip
         self._owed: deque[Callable[[], object]] = deque()
         device = self._copy.device
         self._everyone = Lockstep(shards.group, device, self._owed) if shards else None
@@ -119,7 +120,7 @@ class JointRollout:
         with contextlib.ExitStack() as stack:
             if self._everyone:
                 stack.enter_context(self._everyone.together())
-                self._is_streaming = self._everyone.begin(vote=self._wants_to_stream())
+                self._is_streaming = self._wants_to_stream(self._everyone)
             mode: Mode = "stream" if self._is_streaming else "pin"
             self._owed.extend(self._copy.collectives(mode))
             stream = self._copy.refresh(mode, on_start=self._owed.popleft)
@@ -182,11 +183,13 @@ class JointRollout:
             owed=self._owed,
         )
 
-    def _wants_to_stream(self) -> bool:
+    def _wants_to_stream(self, everyone: Lockstep) -> bool:
+        """As the config says, or because on some rank the memory is short."""
         if self._pin is not None:
             return not self._pin
         free = free_bytes(self._copy.device)
-        return free is not None and self._copy.bytes("pin") > _SHARE_OF_FREE_MEMORY * free
+        most = float("inf") if free is None else _SHARE_OF_FREE_MEMORY * free
+        return everyone.begin(vote=self._copy.bytes("pin") > most)
 
 
 def _comparable(params: SamplingParams) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,10 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of the modules that are read."""
+        return self._model.named_parameters()
 
     def refresh(self) -> None:
         """See the modules and parameters as they are now. Call before a rollout."""

