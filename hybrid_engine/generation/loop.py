@@ -9,6 +9,12 @@ from torch import Tensor
 
 from hybrid_engine import ops
 from hybrid_engine.cache import KVCache
+from hybrid_engine.generation.device_step import (
+    DeviceStep,
+    GraphedSteps,
+    Results,
+    graphs_serve,
+)
 from hybrid_engine.generation.params import FinishReason, Rollout, SamplingParams
 from hybrid_engine.generation.rows import Rows
 from hybrid_engine.generation.scheduler import Scheduler, Sequence
@@ -22,8 +28,8 @@ MOST_STEPS = 32
 class GenerationLoop:
     """Generates for all prompts of one scheduler; `step` advances every running sequence.
 
-    Where the decoder can run as one native call, a step is several tokens; otherwise
-    `why_step_by_step` says why Python runs layer after layer.
+    Where the decoder runs as one native call or as a CUDA graph, a step is several tokens;
+    `why_step_by_step` says why there is no native call.
     """
 
     def __init__(
@@ -61,11 +67,11 @@ class GenerationLoop:
             else None
         )
         self._pad_token_id = pad_token_id
-        shape = (len(prompts), params.max_new_tokens)
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(shape, device=device)
-        self.truncated_logprobs = torch.zeros(shape, device=device)
-        self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        results = Results.empty(len(prompts), params.max_new_tokens, device)
+        self.tokens = results.tokens[:-1]
+        self.logprobs = results.logprobs[:-1]
+        self.truncated_logprobs = results.truncated_logprobs[:-1]
+        self.lengths = results.lengths[:-1]
         self.finish_reasons: list[FinishReason] = ["length"] * len(prompts)
         self._finished: list[int] = []  # places of ended sequences, until they are taken
         self.program: DecodeProgram | None = None
@@ -73,6 +79,13 @@ class GenerationLoop:
         if self.why_step_by_step is None:
             self.program = DecodeProgram(decoder, cache)
             self._bound = self._bind(self.program, stop_token_ids)
+        self._graphed: GraphedSteps | None = None
+        if graphs_serve(decoder):
+            step = DeviceStep(
+                decoder, cache, self._rows, results, self._sampling, self._stop,
+                min_new_tokens=params.min_new_tokens,
+            )  # fmt: skip
+            self._graphed = GraphedSteps(step, capacity)
 
     @property
     def done(self) -> bool:
@@ -151,7 +164,7 @@ class GenerationLoop:
         rows = self._rows
         for row in rows.needing_block():
             self._provide_block(row)
-        if self.program is None:
+        if self.program is None and self._graphed is None:
             hidden = self._decoder.hidden_states(rows.decode_batch(), self._cache)
             rows.lengths[: rows.count] += 1
             self._sample(hidden, None)
@@ -159,7 +172,10 @@ class GenerationLoop:
         if self._stop_strings:
             most = 1  # each token has to be looked at
         self._provide_ahead(most)
-        self.program.run(self._bound, rows.count, most)
+        if self._graphed:
+            self._graphed.run(rows.count, most)
+        elif self.program:
+            self.program.run(self._bound, rows.count, most)
         indices, steps, tokens = (
             state[: rows.count] for state in (rows.indices, rows.steps, rows.tokens)
         )
