@@ -22,6 +22,7 @@ from rlhf.config import OptimizerConfig
 from rlhf.engines.interface import StepInfo
 from rlhf.engines.schedule import ADAM_BETAS, ADAM_EPS, learning_rate_factor, parameter_groups
 from rlhf.engines.single import check_finite
+from rlhf.engines.universal import ranks_of, universal
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -145,8 +146,21 @@ class DeepSpeedEngine(FrozenDeepSpeedEngine):
         )
 
     def load(self, folder: Path) -> None:
+        """On another number of ranks too, then equal up to rounding."""
+        ranks = ranks_of(folder / TAG)
+        if ranks is None or ranks == distributed.world_size():
+            self._load(folder, TAG)
+            return
+        with universal(folder / TAG, zero_stage=self._zero_stage) as converted:
+            self._engine._config.load_universal_checkpoint = True
+            try:
+                self._load(folder, converted.name)
+            finally:
+                self._engine._config.load_universal_checkpoint = False
+
+    def _load(self, folder: Path, tag: str) -> None:
         path, state = self._engine.load_checkpoint(
-            str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
+            str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False
         )
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")

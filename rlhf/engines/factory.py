@@ -10,6 +10,7 @@ from torch import nn
 
 from rlhf import distributed
 from rlhf.config import OptimizerConfig, ShardingConfig, TrainingConfig, ZeroStage
+from rlhf.engines.activations import recompute_activations
 from rlhf.engines.interface import Engine, PlainEngine, TrainingEngine
 from rlhf.engines.single import SingleProcessEngine
 
@@ -40,6 +41,13 @@ class Engines:
 
         total_steps: optimizer steps that the schedule of the learning rate spans.
         """
+        if self._config.gradient_checkpointing:
+            if self._needs_deepspeed(role) and self._stage(role) == 3:
+                raise ValueError(
+                    "training.gradient_checkpointing is not served at ZeRO stage 3; take a stage "
+                    "below, or leave it out"
+                )
+            recompute_activations(module)
         if not self._needs_deepspeed(role):
             return SingleProcessEngine(module.to(local_device()), config, total_steps=total_steps)
         from rlhf.engines.deepspeed_engine import DeepSpeedEngine

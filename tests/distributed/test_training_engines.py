@@ -67,7 +67,8 @@ def test_ranks_train_as_one_process_does(
     """The same up to the order of additions; of bf16, whose gradients are rounded before they are
     added up, Adam's first steps may turn a gradient near 0 around, lr = 1e-3 each."""
     dtype, expected = alone
-    options = {"deepspeed_config": persist_nothing}
+    # Recomputed activations change no bit of a gradient, at one stage for all.
+    options = {"deepspeed_config": persist_nothing, "gradient_checkpointing": zero_stage == 2}
     first, second = run_ranks(train, zero_stage, dtype, options, tmp_path)
     assert first["history"] == second["history"]
     assert second["weights"] == {}

@@ -19,17 +19,30 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=
 PERSIST_NOTHING = '{"zero_optimization": {"stage3_param_persistence_threshold": 0}}'
 
 
-def llama(dtype: torch.dtype = torch.float32, *, layers: int = 2, tied: bool = False) -> nn.Module:
+def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
     """A random Llama with 280 tokens, the same in every process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(_config()).to(dtype)
+
+
+def scorer(seed: int) -> nn.Module:
+    """A random classifier with one label."""
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(_config())
+
+
+def _config() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, num_labels=1,
+    )  # fmt: skip
 
 
 def batch(step: int) -> dict[str, list[list[int]]]:

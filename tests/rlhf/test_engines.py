@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import OptimizerConfig
-from rlhf.engines import SingleProcessEngine
+from rlhf.config import OptimizerConfig, TrainingConfig
+from rlhf.engines import Engines, SingleProcessEngine
 from rlhf.engines.schedule import learning_rate_factor
 
 LR = 0.01
@@ -144,3 +144,48 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(
         engine.step()
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_recomputed_activations_change_nothing_but_memory(causal_lm, family: str, train) -> None:
+    """The gradients are the same bits, each layer runs twice, and once without gradients."""
+    ids = torch.tensor([[1, 50, 60, 70, 80]])
+    found = {}
+    for recompute in (False, True):
+        model = causal_lm(family).train(train)
+        calls = count_calls(model)
+        engines = Engines(TrainingConfig(gradient_checkpointing=recompute))
+        engine = engines.training(model, OptimizerConfig(), total_steps=1)
+        torch.manual_seed(3)  # dropout is drawn once
+        engine.backward(engine(lambda model: model(input_ids=ids).logits.square().sum()))
+        gradients = [p.grad for p in model.parameters()]
+        with_gradients = len(calls)
+        with torch.no_grad():
+            model(input_ids=ids)
+        found[recompute] = gradients
+        assert with_gradients == 2 * (1 + recompute)
+        assert len(calls) == with_gradients + 2
+    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
+
+
+def count_calls(model: nn.Module) -> list[str]:
+    """A list that grows with each call of a layer's first norm."""
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(("input_layernorm", "self_attn_layer_norm")):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    return calls
+
+
+def test_a_model_without_layers_to_recompute() -> None:
+    with pytest.raises(ValueError, match="Weights has no layers to recompute"):
+        Engines(TrainingConfig(gradient_checkpointing=True)).training(
+            Weights(), OptimizerConfig(), total_steps=1
+        )
+
+
+def test_recomputation_at_stage_3_is_refused(causal_lm) -> None:
+    engines = Engines(TrainingConfig(gradient_checkpointing=True), zero_stage=3)
+    with pytest.raises(ValueError, match="not served at ZeRO stage 3"):
+        engines.training(causal_lm(), OptimizerConfig(), total_steps=1)
