@@ -50,3 +50,22 @@ def test_sft_on_questions_and_answers(tmp_path: Path) -> None:
     report = _run("sft", tmp_path, sft=DATA / "gsm8k")
     assert _fall(tmp_path, "sft") > 0.3
     assert report["sft"]["eval/loss"] < _history(tmp_path, "sft")[0]["loss"]
+
+
+def test_dpo_on_dialogue_pairs_after_sft_on_a_mix(tmp_path: Path) -> None:
+    """Two datasets of different formats in one SFT, divided from the pairs that DPO learns."""
+    mix = json.dumps([
+        {"name": str(DATA / "hh_rlhf"), "weight": 3}, {"name": str(DATA / "gsm8k"), "weight": 1},
+    ])  # fmt: skip
+    common = [f"--config={CONFIG}", f"--output_dir={tmp_path}", *SMALL, "--data_split", "1,1,1"]
+    assert main(["sft", *common, "--sft.data.mix", mix, "--sft.epochs=1"]) == 0
+    assert _fall(tmp_path, "sft") > 0.3
+    options = ["--dpo.optimizer.learning_rate=1e-3", "--dpo.batch_size=8"]
+    options += ["--dpo.data.rows=48", "--dpo.data.heldout_rows=16"]
+    assert main(["dpo", *common, f"--dpo.data.name={DATA / 'hh_rlhf'}", *options]) == 0
+    history = _history(tmp_path, "dpo")
+    assert history[0]["loss"] == pytest.approx(0.693, abs=0.001)
+    assert history[-1]["rewards/margins"] > 0
+    assert history[-1]["rewards/accuracies"] > 0.5
+    report = json.loads((tmp_path / "dpo.json").read_text())
+    assert 0 < report["dpo"]["eval/rewards/accuracies"] <= 1

@@ -163,8 +163,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no EOS token, so no response would ever end: set model.eos_token to"
-            " the token of its vocabulary that ends a turn"
+            "the tokenizer has no EOS token, so no response would ever end: give the token of its"
+            " vocabulary that ends a turn, with model.eos_token before SFT, or as eos_token in the"
+            " tokenizer_config.json of its folder"
         )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE

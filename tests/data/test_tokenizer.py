@@ -116,7 +116,7 @@ def test_prepared_tokenizer_is_left_alone(tokenizer):
 
 
 def test_without_eos_it_is_refused():
-    with pytest.raises(ValueError, match=r"no EOS token, so no response .* set model\.eos_token"):
+    with pytest.raises(ValueError, match=r"no EOS token, so no response .* with model\.eos_token"):
         prepare_tokenizer(tokenizer_with(["a"]))
 
 

@@ -175,12 +175,15 @@ def test_scorer_from_a_causal_model_has_its_body(causal_lm, tokenizer, tmp_path:
     assert found.score.weight.shape == (1, 32)
 
 
-def test_scorer_with_several_labels_is_refused(scorer, tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("labels", [2, 3])
+def test_scorer_with_several_labels_is_refused(
+    scorer, tokenizer, tmp_path: Path, labels: int
+) -> None:
     model = scorer()
     config = model.config
-    config.num_labels = 3
+    config.num_labels = labels
     save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, tmp_path / "x")
-    with pytest.raises(ValueError, match="3 labels, a reward model has 1"):
+    with pytest.raises(ValueError, match=f"{labels} labels, a reward model has 1"):
         load_scorer(str(tmp_path / "x"), tokenizer, dtype=torch.float32)
 
 

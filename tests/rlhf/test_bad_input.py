@@ -1,0 +1,108 @@
+"""Data and models that lack something: a message that says what to do, or a way that is written."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from rlhf.config import DataConfig, ModelConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf.data import load_tokenizer
+from rlhf.models import load_scorer, sequence_scores
+from rlhf.pipeline import Pipeline
+
+WORDS = ["yes", "no", "say", "Human", "Assistant", ":", *map(str, range(60))]
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(chosen: str, rejected: str) -> list[dict[str, str]]:
+    return [{"prompt": f"say {i}", "chosen": chosen, "rejected": rejected} for i in range(60)]
+
+
+def base_model(folder: Path, **special: str) -> str:
+    """A causal language model whose tokenizer has only the special tokens given here."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<end>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    options = {**LLAMA, **tokens, "vocab_size": len(vocabulary)}
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def pipeline(tmp_path: Path, **sections: Any) -> Pipeline:
+    config = RunConfig(output_dir=str(tmp_path / "out"), **sections)
+    return Pipeline(config, Console(file=io.StringIO()))
+
+
+def test_all_pairs_equal(tmp_path: Path) -> None:
+    data = DataConfig(name=write(tmp_path / "pairs.jsonl", pairs("yes", "yes")))
+    base = base_model(tmp_path / "base", eos_token="<end>")
+    with pytest.raises(ValueError, match=r"nothing to learn from: in all its 60 rows .* the same"):
+        pipeline(tmp_path, reward=RewardConfig(data=data, model_path=base)).reward()
+
+
+def test_some_completions_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Skipped and counted."""
+    rows = [*pairs("yes", "no"), {"prompt": "say 1", "chosen": "", "rejected": "no"}]
+    data = DataConfig(name=write(tmp_path / "pairs.jsonl", rows), heldout_fraction=0.2)
+    base = base_model(tmp_path / "base", eos_token="<end>")
+    with caplog.at_level(logging.WARNING, logger="rlhf"):
+        pipeline(tmp_path, sft=SFTConfig(data=data), model=ModelConfig(path=base)).sft()
+    assert any("dropped 1 of 61 rows with an empty" in r.getMessage() for r in caplog.records)
+
+
+def test_a_tokenizer_without_eos(tmp_path: Path) -> None:
+    base = base_model(tmp_path / "base")
+    data = DataConfig(name=write(tmp_path / "pairs.jsonl", pairs("yes", "no")))
+    with pytest.raises(ValueError, match=r"no EOS token.*model\.eos_token"):
+        pipeline(tmp_path, sft=SFTConfig(data=data), model=ModelConfig(path=base)).sft()
+    told = ModelConfig(path=base, eos_token="<end>")
+    pipeline(tmp_path, sft=SFTConfig(data=data), model=told).sft()
+    assert load_tokenizer(tmp_path / "out" / "sft").eos_token == "<end>"
+
+
+def test_a_base_without_padding_becomes_a_reward_model(tmp_path: Path) -> None:
+    """It gets a padding token; anyone who loads it reads the same scores from a padded batch."""
+    base = base_model(tmp_path / "base", eos_token="<end>")
+    data = DataConfig(
+        name=write(tmp_path / "pairs.jsonl", pairs("yes", "no")), heldout_fraction=0.2
+    )
+    pipeline(
+        tmp_path, reward=RewardConfig(data=data, model_path=base, batch_size=8), sft=SFTConfig(data)
+    ).reward()
+    folder = tmp_path / "out" / "reward"
+    tokenizer = load_tokenizer(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
+    ids, lengths = torch.full((2, 5), tokenizer.pad_token_id), torch.tensor([5, 3])
+    for row, length in enumerate(lengths):
+        ids[row, : int(length)] = torch.arange(2, 2 + int(length))
+    with torch.no_grad():
+        ours = load_scorer(str(folder), tokenizer, dtype=torch.float32).eval()
+        theirs: Any = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        mask = (torch.arange(5) < lengths[:, None]).long()
+        logits = theirs(input_ids=ids, attention_mask=mask).logits[:, 0]
+        expected = logits - ours.config.score_mean
+    torch.testing.assert_close(sequence_scores(ours, ids, lengths), expected)
