@@ -14,6 +14,11 @@ def check_prompts(
     `limited_by` names.
     """
     limit = positions - max_new_tokens
+    if prompts and limit < 1:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} must be below {positions}: {limited_by} hold prompt "
+            "and response"
+        )
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, list) or not _integers(prompt):
             raise ValueError(

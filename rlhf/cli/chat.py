@@ -27,7 +27,12 @@ class Conversation:
     def say(self, text: str, params: SamplingParams) -> None:
         """Send a message and print the answer as it is sampled."""
         self._messages.append({"role": "user", "content": text})
-        room = max(1, self._engine.max_positions - params.max_new_tokens)
+        room = self._engine.max_positions - params.max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_new_tokens={params.max_new_tokens} must be below the model's "
+                f"{self._engine.max_positions} positions, which hold the conversation too"
+            )
         prompt = encode_prompt({"prompt": self._messages}, self._tokenizer, max_length=room)
         if prompt is None:
             self._messages.pop()

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ def load_function(path: str, *, option: str) -> RewardFunction:
     try:
         module = _load_file(source) if source.endswith(".py") else importlib.import_module(source)
         function = getattr(module, name)
-    except (ImportError, AttributeError, ValueError, OSError, SyntaxError) as error:
+    except Exception as error:  # whatever the user's module raises while it is imported
         raise ValueError(
-            f"{option} {path!r} is no function: give module:function or path.py:function ({error})"
+            f"{option} {path!r} is no function: give module:function or path.py:function "
+            f"({type(error).__name__}: {error})"
         ) from error
     if not callable(function):
         raise ValueError(f"{option} {path!r} is no function but {type(function).__name__}")
@@ -75,10 +77,12 @@ def call_function(
 
 def _load_file(source: str) -> Any:
     path = Path(source).expanduser()
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"reward_file_{path.stem}"  # shadows no module of that name
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, "a .py file has a loader"
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up
     spec.loader.exec_module(module)
     return module
 

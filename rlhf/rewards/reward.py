@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from rlhf.rewards.functions import RewardFunction, call_function, function_name
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 WORKERS = 4  # threads that run reward functions
+MODEL_PART = "reward_model"  # the model's name among the parts of a score
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Reward:
         self.model_tokenizer = model_tokenizer
         self._scorer = model_scorer(PlainEngine(model)) if isinstance(model, nn.Module) else model
         self._overlap = overlap
-        self._names = _distinct([function_name(f) for f in functions])
+        self._names = _distinct([function_name(f) for f in functions], taken={MODEL_PART})
 
     def place_model(self, engines: Engines) -> None:
         """Compute the model's scores as `engines` has it, spread over ranks or whole."""
@@ -146,7 +149,8 @@ class PendingScores:
             if reward.model_tokenizer is None:
                 sequences = [row[:n].tolist() for row, n in zip(input_ids, lengths, strict=True)]
                 pad_id, eos_id = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
-                sequences = [s if s[-1] == eos_id else [*s, eos_id] for s in sequences]
+                limit = positions_of(reward.model)
+                sequences = [_ended(s, int(eos_id), limit=limit) for s in sequences]
             else:
                 pad_id = reward.model_tokenizer.pad_token_id
                 sequences = self._encoded_anew(reward.model_tokenizer, reward.model)
@@ -169,7 +173,7 @@ class PendingScores:
             {"prompt": prompt, "completion": to_completion(text, prompt)}
             for prompt, text in zip(self._prompts, texts, strict=True)
         ]
-        limit = getattr(model.config, "max_position_embeddings", None) or 0
+        limit = positions_of(model)
         return [ids[-limit:] for ids in encode_answers(rows, tokenizer)]
 
     def scores(self, model_scores: Tensor | None, *, device: torch.device) -> Scores:
@@ -190,7 +194,7 @@ class PendingScores:
         parts = dict(zip(reward._names, found.to(device), strict=True))
         weights = list(reward.weights)
         if model_scores is not None:
-            parts["reward_model"] = model_scores
+            parts[MODEL_PART] = model_scores
             weights.append(reward.model_weight)
         stacked = torch.stack(list(parts.values()))  # (parts, B)
         total = torch.tensor(weights, device=device) @ stacked.nan_to_num(0.0)
@@ -209,12 +213,26 @@ class PendingScores:
         return call_function(function, prompts, completions, columns)
 
 
+def positions_of(model: nn.Module) -> int:
+    """Tokens that a model has positions for; more than any sequence has, if it knows no end."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _ended(ids: list[int], eos_id: int, *, limit: int) -> list[int]:
+    """The sequence with EOS at its end, in place of its last token where it has no room for one."""
+    return ids if ids[-1] == eos_id else [*ids[: limit - 1], eos_id]
+
+
 def model_scorer(reward: Engine) -> Scorer:
     """The scores of a reward model that shares the actor's tokenizer."""
     reward.module.eval().requires_grad_(False)
     return lambda ids, prompt_lengths, lengths: reward(sequence_scores, ids, lengths)
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """Names with a number where two functions have the same."""
-    return [f"{n}_{names[:i].count(n) + 1}" if n in names[:i] else n for i, n in enumerate(names)]
+def _distinct(names: list[str], *, taken: set[str]) -> list[str]:
+    """Names with the next free number where one is taken already."""
+    distinct: list[str] = []
+    for name in names:
+        choices = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+        distinct.append(next(c for c in choices if c not in taken and c not in distinct))
+    return distinct

@@ -59,6 +59,13 @@ def test_longest_prompt_is_served(engine: HybridEngine) -> None:
     assert engine.generate([[1] * 120], GREEDY).lengths.tolist() == [8]
 
 
+@pytest.mark.parametrize("new_tokens", [128, 500])
+def test_no_room_for_a_prompt(engine: HybridEngine, new_tokens: int) -> None:
+    message = rf"max_new_tokens={new_tokens} must be below 128: the model's 128 positions"
+    with pytest.raises(ValueError, match=message):
+        engine.generate([[1]], SamplingParams(max_new_tokens=new_tokens))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(engine: HybridEngine, build, value: float) -> None:
     """A training that diverged is said, not sampled from."""

@@ -100,6 +100,40 @@ def test_two_functions_of_one_name_stay_apart(tokenizer) -> None:
     assert len(parts) == 2
 
 
+def test_names_of_parts_never_meet(tokenizer) -> None:
+    names = ["f", "f", "f_2", "reward_model", "f"]
+    functions = []
+    for value, name in enumerate(names):
+
+        def function(prompts, completions, value=value):
+            return [float(value)] * len(prompts)
+
+        function.__name__ = name
+        functions.append(function)
+    reward = Reward(functions, model=lambda ids, prompt_lengths, lengths: lengths.float())
+    pending = reward.start(TEXTS, {}, tokenizer)
+    for i, response in enumerate(RESPONSES):
+        pending.submit(i, response)
+    found = pending.scores(torch.full((3,), 100.0), device=torch.device("cpu"))
+    assert [part[0].item() for part in found.parts.values()] == [0.0, 1.0, 2.0, 3.0, 4.0, 100.0]
+    assert found.total.tolist() == [110.0] * 3
+
+
+def test_a_response_up_to_the_last_position_is_scored(scorer, tokenizer) -> None:
+    """Cut off there, it leaves no room for the EOS that the reward model scores at."""
+    positions = 12
+    model = scorer("opt", max_position_embeddings=positions)
+    reward = Reward(model=model)
+    ids = torch.arange(6, 6 + positions).unsqueeze(0)
+    lengths = torch.tensor([positions])
+    pending = reward.start(["x"], {}, tokenizer)
+    found = pending.model_scores(ids, torch.tensor([4]), lengths, micro_batch_size=1)
+    ids[0, -1] = tokenizer.eos_token_id
+    torch.testing.assert_close(
+        found, reward.model_scores(ids, torch.tensor([4]), lengths, micro_batch_size=1)
+    )
+
+
 def raises(prompts, completions, **columns):
     raise KeyError("gold")
 
@@ -164,6 +198,22 @@ def test_functions_by_name(tmp_path: Path) -> None:
     assert load_function("math:sqrt", option="x") is math.sqrt
     (tmp_path / "mine.py").write_text("def f(prompts, completions):\n    return [3.0]\n")
     assert load_function(f"{tmp_path}/mine.py:f", option="x")([""], [""]) == [3.0]
+
+
+def test_a_file_may_have_dataclasses(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Score:\n    value: float\n"
+        "def f(prompts, completions):\n    return [Score(3.0).value]\n"
+    )
+    assert load_function(f"{tmp_path}/mine.py:f", option="x")([""], [""]) == [3.0]
+
+
+@pytest.mark.parametrize("line", ["x = undefined_thing", "{}['k']", "1 +"])
+def test_a_file_that_fails_is_said(tmp_path: Path, line: str) -> None:
+    (tmp_path / "mine.py").write_text(line)
+    with pytest.raises(ValueError, match=r"option '.*mine.py:f' is no function.*Error: "):
+        load_function(f"{tmp_path}/mine.py:f", option="option")
 
 
 @pytest.mark.parametrize(
