@@ -56,7 +56,7 @@ def load() -> NativeStatus:
         raise ValueError(f"HYBRID_ENGINE_NATIVE={policy!r}: expected one of {', '.join(POLICIES)}")
     if policy == "off":
         off = "HYBRID_ENGINE_NATIVE=off"
-        return NativeStatus(None, None, off, None, off)
+        return NativeStatus(None, None, off, None, off, None, off)
     isa = machine_isa()
     library, reason = _load("the CPU", policy, lambda: _cpu_library(isa))
     if torch.cuda.is_available():

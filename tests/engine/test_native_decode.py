@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -160,6 +163,31 @@ def test_what_the_native_call_does_not_serve_is_said(build, step_by_step) -> Non
         loop = step_by_step(lambda: engine.start([[1, 5]], PARAMS["greedy"]))
         assert loop.why_step_by_step == "not wanted"
         assert loop.program is None
+
+
+WITHOUT_KERNELS = """
+import json, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from hybrid_engine import HybridEngine, SamplingParams
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                     num_attention_heads=6, num_key_value_heads=2, head_dim=16)
+model = LlamaForCausalLM(config).eval()
+params = SamplingParams(max_new_tokens=24, top_p=0.9, seed=3, stop_token_ids=())
+print(json.dumps(HybridEngine(model).generate([[1, 5, 9], [1, 7]], params).tokens.tolist()))
+"""
+
+
+def test_without_native_code_the_tokens_are_the_same() -> None:
+    found = {
+        policy: subprocess.run(
+            [sys.executable, "-c", WITHOUT_KERNELS], capture_output=True, text=True, check=True,
+            env={**os.environ, "HYBRID_ENGINE_NATIVE": policy, "HYBRID_ENGINE_CHECK": "0"},
+        ).stdout
+        for policy in ("off", "require")
+    }  # fmt: skip
+    assert found["off"].strip()
+    assert found["off"] == found["require"]
 
 
 def test_tensors_without_a_place_are_refused(build) -> None:
