@@ -97,10 +97,18 @@ def _with_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> nn.M
         if settings is None:
             continue
         settings.pad_token_id = tokenizer.pad_token_id
-        for name in ("bos_token_id", "eos_token_id"):
-            if getattr(settings, name, None) is None:
-                setattr(settings, name, getattr(tokenizer, name))
+        if getattr(settings, "bos_token_id", None) is None:
+            settings.bos_token_id = tokenizer.bos_token_id
+        settings.eos_token_id = _stop_at(tokenizer.eos_token_id, settings.eos_token_id)
     return model
+
+
+def _stop_at(eos: Any, known: int | list[int] | None) -> int | list[int] | None:
+    """What ends a response: the model's own tokens, and before them `eos` if it is not of them."""
+    stops = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if eos in stops:
+        return known
+    return [eos, *stops] if stops else eos  # type: ignore[no-any-return]
 
 
 def _not_found(what: str, path: str, error: Exception) -> str:

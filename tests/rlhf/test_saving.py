@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
 )
 
+from hybrid_engine import HybridEngine, SamplingParams
+from rlhf.data import load_tokenizer
 from rlhf.files import finished_directory
 from rlhf.models import load_causal_lm, load_scorer, save_model
 
@@ -163,6 +165,28 @@ def test_saved_reward_and_critic_load_in_plain_transformers(
     assert_same_model(plain, model)
     ours = load_scorer(str(tmp_path / "reward"), tokenizer, dtype=torch.float32).eval()
     assert_same_model(ours, model)
+
+
+@torch.no_grad()
+def test_a_response_ends_at_the_tokenizers_eos(causal_lm, tokenizer, tmp_path: Path) -> None:
+    """One chosen with model.eos_token, that the model's own configs do not know."""
+    model = causal_lm()
+    save_model(model, tokenizer, tmp_path / "base")
+    greedy = SamplingParams(max_new_tokens=8, temperature=0.0, stop_token_ids=())
+    expected = HybridEngine(model).generate(IDS.tolist(), greedy).response(0)
+    end = expected.index(expected[3])
+    chosen = load_tokenizer(
+        tmp_path / "base", eos_token=tokenizer.convert_ids_to_tokens(expected[end])
+    )
+    loaded = load_causal_lm(str(tmp_path / "base"), chosen, dtype=torch.float32)
+    save_model(loaded, chosen, tmp_path / "sft")
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").eval()
+    for settings in (plain.config, plain.generation_config):
+        assert settings.eos_token_id == [expected[end], tokenizer.eos_token_id]
+    params = SamplingParams(max_new_tokens=8, temperature=0.0)
+    assert HybridEngine(plain).generate(IDS.tolist(), params).response(0) == expected[: end + 1]
+    found = plain.generate(IDS, max_new_tokens=8, do_sample=False)
+    assert found[0, IDS.shape[1] :].tolist() == expected[: end + 1]
 
 
 @torch.no_grad()
