@@ -126,7 +126,7 @@ class Pipeline:
             self._seed()
             path = config.model_path or self._from_step("sft", "reward.model_path")
             tokenizer = load_tokenizer(path)
-            model = load_scorer(path, tokenizer, dtype=self._dtype)
+            model = load_scorer(path, tokenizer, dtype=self._dtype, fresh_head=True)
             add_adapters(model, self.config.model.lora)
             self.report.parameters = parameter_count(model)
             self._seed_ranks()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ def load_causal_lm(
     """A causal language model from a folder or the hub, of a family that the engine knows.
 
     Its embedding grows if the tokenizer has more tokens. Raises ValueError if there is no such
-    model, or its family is unknown.
+    model, it is a reward model or critic, or its family is unknown.
     """
-    try:
+    with _not_found("causal language model", path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_found("causal language model", path, error)) from error
+    if _has_score_head(model.config):
+        raise ValueError(
+            f"{path} is no causal language model: it scores, as a reward model or critic does; "
+            "give the folder of an SFT model or an actor"
+        )
     find_family(model)
     return _with_special_tokens(model, tokenizer)
 
@@ -56,20 +61,32 @@ def build_causal_lm(
     return _with_special_tokens(model, tokenizer)
 
 
-def load_scorer(path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype) -> nn.Module:
+def load_scorer(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    fresh_head: bool = False,
+) -> nn.Module:
     """A sequence classification model with one label: reward model or critic.
 
-    From a causal language model's folder the body is taken and the score head is new. Raises
-    ValueError if there is no such model or it has more than one label.
+    Args:
+        fresh_head: take a causal language model too, its body below a new score head with random
+            weights, which is yet to be trained.
+
+    Raises ValueError if there is no such model, it has no score head, or more than one label.
     """
-    try:
+    with _not_found("reward model", path):
         config = AutoConfig.from_pretrained(path)
-        fresh = not any("SequenceClassification" in a for a in config.architectures or [])
-        if not fresh and config.num_labels != 1:
+        trained = _has_score_head(config)
+        if trained and config.num_labels != 1:
             raise ValueError(f"it has {config.num_labels} labels, a reward model has 1")
+    if not (trained or fresh_head):
+        raise ValueError(
+            f"{path} is no reward model: it has no score head; train one with `rlhf reward`"
+        )
+    with _not_found("reward model", path):
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_found("reward model", path, error)) from error
     return _with_special_tokens(model, tokenizer)
 
 
@@ -78,9 +95,8 @@ def load_critic(path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.d
 
     All its values are 0 then until it learns. Raises ValueError as `load_scorer` does.
     """
-    critic: Any = load_scorer(path, tokenizer, dtype=dtype)
-    architectures = AutoConfig.from_pretrained(path).architectures or []
-    if not any("SequenceClassification" in name for name in architectures):
+    critic: Any = load_scorer(path, tokenizer, dtype=dtype, fresh_head=True)
+    if not _has_score_head(AutoConfig.from_pretrained(path)):
         nn.init.zeros_(critic.score.weight)
     return critic
 
@@ -88,6 +104,11 @@ def load_critic(path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.d
 def parameter_count(model: nn.Module) -> int:
     """Distinct parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _has_score_head(config: Any) -> bool:
+    """Whether the model that this config was saved with is a sequence classifier."""
+    return any("SequenceClassification" in name for name in config.architectures or [])
 
 
 def _with_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
@@ -108,10 +129,15 @@ def _stop_at(eos: Any, known: int | list[int] | None) -> int | list[int] | None:
     stops = [] if known is None else [known] if isinstance(known, int) else list(known)
     if eos in stops:
         return known
-    return [eos, *stops] if stops else eos  # type: ignore[no-any-return]
+    return [eos, *stops] if stops else eos
 
 
-def _not_found(what: str, path: str, error: Exception) -> str:
-    where = "the folder" if Path(path).is_dir() else "a local folder and the Hugging Face hub"
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"no {what} {path!r} (tried {where}): {reason}"
+@contextlib.contextmanager
+def _not_found(what: str, path: str) -> Iterator[None]:
+    """Errors of loading as one ValueError that says what was looked for, and where."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        where = "the folder" if Path(path).is_dir() else "a local folder and the Hugging Face hub"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"no {what} {path!r} (tried {where}): {reason}") from error

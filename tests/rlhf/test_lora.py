@@ -166,7 +166,9 @@ def test_on_disk_the_adapters_are_in_the_weights_and_beside_them(
 
 def test_a_reward_model_on_disk(causal_lm, tokenizer, tmp_path: Path) -> None:
     save_model(causal_lm(), tokenizer, tmp_path / "sft")
-    model: Any = load_scorer(str(tmp_path / "sft"), tokenizer, dtype=torch.float32).eval()
+    model: Any = load_scorer(
+        str(tmp_path / "sft"), tokenizer, dtype=torch.float32, fresh_head=True
+    ).eval()
     trained(model)
     torch.nn.init.normal_(model.score.weight)
     save_model(model, tokenizer, tmp_path / "reward", base=str(tmp_path / "sft"))

@@ -20,7 +20,7 @@ from transformers import (
 from hybrid_engine import HybridEngine, SamplingParams
 from rlhf.data import load_tokenizer
 from rlhf.files import finished_directory
-from rlhf.models import load_causal_lm, load_scorer, save_model
+from rlhf.models import load_causal_lm, load_critic, load_scorer, save_model
 
 IDS = torch.tensor([[1, 5, 90, 7, 200, 33]])
 
@@ -193,10 +193,24 @@ def test_a_response_ends_at_the_tokenizers_eos(causal_lm, tokenizer, tmp_path: P
 def test_scorer_from_a_causal_model_has_its_body(causal_lm, tokenizer, tmp_path: Path) -> None:
     model = causal_lm()
     save_model(model, tokenizer, tmp_path / "sft")
-    found = load_scorer(str(tmp_path / "sft"), tokenizer, dtype=torch.float32).eval()
+    found = load_scorer(
+        str(tmp_path / "sft"), tokenizer, dtype=torch.float32, fresh_head=True
+    ).eval()
     hidden = found.base_model(input_ids=IDS).last_hidden_state
     torch.testing.assert_close(hidden, model.base_model(input_ids=IDS).last_hidden_state)
     assert found.score.weight.shape == (1, 32)
+
+
+def test_a_model_of_the_other_kind_is_refused(causal_lm, scorer, tokenizer, tmp_path: Path) -> None:
+    """Neither scores come from a random head, nor tokens."""
+    for name, model in (("sft", causal_lm()), ("reward", scorer())):
+        save_model(model, tokenizer, tmp_path / name)
+    with pytest.raises(ValueError, match=r"sft is no reward model: .* train one with `rlhf rew"):
+        load_scorer(str(tmp_path / "sft"), tokenizer, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"reward is no causal language model: it scores"):
+        load_causal_lm(str(tmp_path / "reward"), tokenizer, dtype=torch.float32)
+    critic: Any = load_critic(str(tmp_path / "sft"), tokenizer, dtype=torch.float32)
+    assert not critic.score.weight.any()
 
 
 @pytest.mark.parametrize("labels", [2, 3])
