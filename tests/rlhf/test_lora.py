@@ -202,7 +202,7 @@ def test_all_steps_train_adapters_alone(causal_lm, tokenizer, tmp_path: Path) ->
     assert report.before is not None
     assert report.after is not None
     assert report.before.kl == pytest.approx(0.0, abs=1e-3)
-    assert report.after.kl > 0.001
+    assert abs(report.after.kl) > 0.001  # of eight responses, so of either sign
     folders = {"sft": "base", "reward": "sft", "actor": "sft", "critic": "reward"}
     for name, base in folders.items():
         adapter = tmp_path / "run" / name / "adapter" / "adapter_config.json"
