@@ -127,13 +127,18 @@ class Checkpoints:
     def _newest(self) -> Path | None:
         for leftover in (*self._folder.glob("*.unfinished"), *self._folder.glob("*.removed")):
             shutil.rmtree(leftover, ignore_errors=True)
+        self.refuse_unfinished()
+        finished = self._finished()
+        return finished[-1] if finished else None
+
+    def refuse_unfinished(self) -> None:
+        """Raises ValueError where a run did not end and this one does not go on with it."""
         finished = self._finished()
         if finished and not self._resume:
             raise ValueError(
                 f"{self._folder} has checkpoints of a run that did not end: give --resume to go on "
                 f"from {finished[-1].name}, or remove that folder to start anew"
             )
-        return finished[-1] if finished else None
 
     def _finished(self) -> list[Path]:
         """Folders of whole checkpoints, the oldest first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ from rlhf.trainers import (
     SFTTrainer,
     calibration,
 )
+from rlhf.trainers.loop import best_folder
 
 NORMALISATION_ROWS = 512  # demonstrations on which the reward model is set to mean 0, std 1
 
@@ -81,6 +83,7 @@ class Pipeline:
 
     def run(self) -> RunReport:
         """All three steps, then the report."""
+        self._progress.begin("sft", "reward", "ppo")
         for name, step in (("sft", self.sft), ("reward", self.reward)):
             if not self._restore(name):
                 step()
@@ -98,6 +101,7 @@ class Pipeline:
         return self.report
 
     def sft(self) -> None:
+        self._progress.begin("sft")
         config = self.config.sft
         with self._watch("SFT"):
             self._seed()
@@ -121,6 +125,7 @@ class Pipeline:
         self._end("sft", sft=self.report.sft)
 
     def reward(self) -> None:
+        self._progress.begin("reward")
         config = self.config.reward
         with self._watch("reward model"):
             self._seed()
@@ -152,6 +157,7 @@ class Pipeline:
         self._end("reward", reward=self.report.reward, calibration=self.report.calibration)
 
     def ppo(self) -> None:
+        self._progress.begin("ppo")
         config = self.config.ppo
         actor_path = config.actor_path or self._from_step("sft", "ppo.actor_path")
         with self._watch("PPO"):
@@ -185,6 +191,7 @@ class Pipeline:
             self._evaluate(trainer.actor, trainer.reference, reward, tokenizer, config)
 
     def dpo(self) -> None:
+        self._progress.begin("dpo")
         config = self.config.dpo
         path = config.model_path or self._from_step("sft", "dpo.model_path")
         with self._watch("DPO"):
@@ -351,6 +358,8 @@ class Pipeline:
     def _end(self, step: str, **results: Any) -> None:
         seconds, parameters = self._watch.seconds, self.report.parameters
         self._progress.end(step, seconds=seconds, parameters=parameters, **results)
+        if distributed.is_first():
+            shutil.rmtree(best_folder(self.folder, step), ignore_errors=True)
 
     def _restore(self, step: str) -> bool:
         """Whether the run that is resumed had ended a step; its results are in the report then."""

@@ -24,6 +24,14 @@ class Progress:
         self._config = config
         self.resume = resume
 
+    def begin(self, *steps: str) -> None:
+        """Before anything is written. Raises ValueError where one did not end, without --resume."""
+        for step in steps:
+            checkpoints = Checkpoints(
+                self._folder / step, self._config, every=1, resume=self.resume
+            )
+            distributed.decided_by_first(checkpoints.refuse_unfinished)
+
     def checkpoints(self, step: str) -> Checkpoints:
         """Of a step that begins, or goes on. Raises ValueError where it has ended already."""
         every = self._config.every_iterations if step == "ppo" else self._config.every_steps

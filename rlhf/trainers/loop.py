@@ -20,8 +20,13 @@ Metrics = dict[str, float]
 WATCHED = ("loss", "accuracy", "rewards/accuracies", "eval/loss")  # beside the progress bar
 
 
+def best_folder(folder: Path, step: str) -> Path:
+    """Where a step keeps its best weights until its model is saved."""
+    return folder / f".{step}.best"
+
+
 class BestWeights:
-    """What the engine was when the held-out loss was lowest, on disk until it is taken back."""
+    """What the engine was when the held-out loss was lowest, on disk until the model is saved."""
 
     def __init__(self, engine: TrainingEngine, folder: Path) -> None:
         self.step = 0  # of the best evaluation, 0: none yet
@@ -43,10 +48,13 @@ class BestWeights:
         self._engine.save(self._folder)
 
     def take_back(self, last_step: int) -> None:
-        """Give the engine its best weights again."""
+        """Give the engine its best weights again. They stay on disk: saving them may yet fail."""
         if self.step and self.step != last_step:
             self._engine.load(self._folder)
         distributed.barrier()
+
+    def forget(self) -> None:
+        """Nothing will be taken back any more."""
         if distributed.is_first():
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -92,7 +100,7 @@ def train_epochs(
     """
     steps = len(batches) * schedule.epochs
     every = schedule.eval_steps or len(batches)
-    best = BestWeights(engine, tracker.folder / f".{tracker.name}.best")
+    best = BestWeights(engine, best_folder(tracker.folder, tracker.name))
     done = 0
     if checkpoints is not None:
         done = checkpoints.begin({"model": engine}, {"data": batches, "best": best})
@@ -114,4 +122,6 @@ def train_epochs(
             if checkpoints is not None:
                 checkpoints.after(step, last=steps)
     best.take_back(steps)
+    if checkpoints is None:
+        best.forget()
     return best.metrics

@@ -14,11 +14,21 @@ import torch
 from torch import Tensor
 
 from rlhf.checkpoint import Checkpoints, random_state, restore_random_state
-from rlhf.config import CheckpointConfig, OptimizerConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RewardConfig,
+    RunConfig,
+    SFTConfig,
+)
 from rlhf.data import RowBatches
 from rlhf.engines import SingleProcessEngine
+from rlhf.pipeline import Pipeline
+from rlhf.progress import Progress
 from rlhf.tracking import Tracker
 from rlhf.trainers import PPOTrainer, RewardTrainer, RLHFEngine, SFTTrainer
+from rlhf.trainers.loop import BestWeights, best_folder
 
 PROMPTS = [[1, 50, 60], [1], [1, *range(70, 82)], [1, 90, 91, 92, 93], [1, 33], [1, 44, 45]]
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
@@ -75,6 +85,33 @@ def names(folder: Path) -> list[str]:
 def test_the_newest_is_resumed(tmp_path: Path) -> None:
     written(tmp_path, 1, 2, 3)
     assert resumed(tmp_path) == (3, 3, 3)
+
+
+def test_a_run_refuses_before_it_touches_anything(tmp_path: Path) -> None:
+    """PPO did not end: the steps before it are not done again, and no metrics are lost."""
+    written(tmp_path / "checkpoints" / "ppo", 1)
+    (tmp_path / "sft.jsonl").write_text("metrics\n")
+    for start in ("run", "ppo"):
+        pipeline = Pipeline(RunConfig(output_dir=str(tmp_path)))
+        with pytest.raises(ValueError, match="give --resume to go on from step-00000001"):
+            getattr(pipeline, start)()
+    assert names(tmp_path) == ["checkpoints", "sft.jsonl"]
+    assert (tmp_path / "sft.jsonl").read_text() == "metrics\n"
+    Progress(tmp_path, CheckpointConfig(), resume=True).begin("sft", "reward", "ppo")
+
+
+def test_best_weights_outlive_a_model_that_could_not_be_saved(tmp_path: Path) -> None:
+    def best(part: Part) -> BestWeights:
+        return BestWeights(part, best_folder(tmp_path, "sft"))  # type: ignore[arg-type]
+
+    first = best(part := Part(1))
+    first.offer(1, {"eval/loss": 1.0}, last=False, keep=True)
+    for weights in (first, best(again := Part(3))):
+        weights.load_state_dict({"step": 1, "metrics": {"eval/loss": 1.0}})
+        weights.take_back(3)
+    assert part.value == again.value == 1
+    first.forget()
+    assert not best_folder(tmp_path, "sft").exists()
 
 
 def test_nothing_to_resume_is_a_start(tmp_path: Path) -> None:
