@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +123,8 @@ def test_a_launcher_without_its_variables(
         monkeypatch.setenv(name, values.get(name, "29500"))
     monkeypatch.delenv(missing)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    started = time.monotonic()
     assert main(["sft", "--config", str(tmp_path / "tiny.yaml")]) == 2
     assert f"but not {missing}: start several processes with torchrun" in capsys.readouterr().err
-    assert time.monotonic() - started < 5
 
 
 def test_deepspeeds_launcher_puts_its_rank_first() -> None:
