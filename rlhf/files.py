@@ -13,6 +13,7 @@ from pathlib import Path
 def finished_directory(path: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `path` only when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_up_after_the_dead(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -25,6 +26,28 @@ def finished_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _clear_up_after_the_dead(path: Path) -> None:
+    """What killed processes of this machine left beside `path`: half a folder, or the old one."""
+    for leftover in path.parent.glob(f".{path.name}.*.*"):
+        _, pid, kind = leftover.name.rsplit(".", 2)
+        if kind not in ("unfinished", "replaced") or not pid.isdigit() or _is_alive(int(pid)):
+            continue
+        if kind == "replaced" and not path.exists():
+            os.replace(leftover, path)  # killed between moving it away and putting the new one
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -230,6 +231,41 @@ def test_a_folder_without_a_model_is_said(load, tokenizer, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no .* model .*empty.*\(tried the folder\)"):
         load(str(tmp_path / "empty"), tokenizer, dtype=torch.float32)
+
+
+def killed_while_writing(path: Path, *, in_the_swap: bool) -> None:
+    """In a process of its own, which is gone afterwards."""
+    pid = os.fork()
+    if pid == 0:
+        if in_the_swap:
+            replace = os.replace
+            os.replace = lambda a, b: os._exit(0) if Path(b) == path else replace(a, b)
+        with finished_directory(path) as folder:
+            (folder / "a").write_text("new")
+            if not in_the_swap:
+                os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_leftovers_of_killed_processes_go_with_the_next_save(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    for _ in range(2):
+        killed_while_writing(path, in_the_swap=False)
+        assert len(list(tmp_path.iterdir())) == 1
+    write(path, a="1")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_lost_in_the_swap_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write(path, a="old")
+    killed_while_writing(path, in_the_swap=True)
+    assert not path.exists()
+    with pytest.raises(ValueError):
+        write(path, error=ValueError, a="newer")
+    assert contents(path) == {"a": "old"}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_unfinished_folder_of_a_killed_process_is_hidden(tmp_path: Path) -> None:
