@@ -25,6 +25,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# Read when torch is imported: a waiting thread that spins makes a busy machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -230,7 +233,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     workload = Workload(arguments.batch, arguments.prompt_tokens, arguments.new_tokens)
     tokens = arguments.batch * (arguments.prompt_tokens + arguments.new_tokens)
     timed = [time_ppo(shape, workload, arguments.repeats) for shape in arguments.shapes]
