@@ -26,6 +26,7 @@ def recompute_activations(module: nn.Module) -> None:
         )
     for layer in layers:
         layer.forward = _recomputed(layer.forward)
+    module.recomputes_activations = True  # type: ignore[assignment]  # told to the forward passes
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,7 +70,9 @@ def is_packable(model: nn.Module) -> bool:
     BLOOM has an attention of its own.
     """
     config: Any = model.config
-    checkpointed = getattr(model, "is_gradient_checkpointing", False)
+    checkpointed = getattr(model, "is_gradient_checkpointing", False) or getattr(
+        model, "recomputes_activations", False
+    )
     replaceable = config._attn_implementation == PLAIN and config.model_type != "bloom"
     return replaceable and not checkpointed
 
