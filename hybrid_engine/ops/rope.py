@@ -122,7 +122,7 @@ def rope_and_store_kv(
     block, offset = slot_mapping[stored] // block_size, slot_mapping[stored] % block_size
     k_cache[block, :, offset] = k[stored].to(k_cache.dtype)
     v_cache[block, :, offset] = v[stored].to(v_cache.dtype)
-    return q.to(qkv.dtype)
+    return q.to(qkv.dtype).contiguous()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

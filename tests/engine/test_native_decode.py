@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_engine import EngineConfig, HybridEngine, Rollout, SamplingParams
+from hybrid_engine import EngineConfig, HybridEngine, Rollout, SamplingParams, ops
 from hybrid_engine.cache import KVCache
 from hybrid_engine.generation.loop import MOST_STEPS, GenerationLoop
 from hybrid_engine.models import DecodeProgram, Decoder, find_family
+
+pytestmark = pytest.mark.skipif(
+    ops.NATIVE.library is None, reason=f"native only: {ops.NATIVE.reason}"
+)
 
 PARAMS = {
     "greedy": SamplingParams(max_new_tokens=40, temperature=0.0),
