@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hybrid_engine as he
+from hybrid_engine import ops
 from hybrid_engine.ops import registry
 from rlhf.data import train_tokenizer
 
@@ -135,7 +136,8 @@ def test_greedy_training_is_the_same_and_rollouts_are_faster(name: str, tmp_path
     assert_rolled_out(accelerated)
     assert len(plain.figures) == len(FIGURES) * STEPS
     assert accelerated.figures == pytest.approx(plain.figures, abs=1e-4)
-    assert min(accelerated.seconds) < min(plain.seconds)
+    if ops.NATIVE.library is not None:  # the reference is not meant to be fast
+        assert min(accelerated.seconds) < min(plain.seconds)
 
 
 @pytest.mark.parametrize("name", CASES)
