@@ -157,8 +157,14 @@ def test_ppo_with_a_reward_model_of_another_base(tokenizer, other, tmp_path: Pat
     assert settings["reward"]["vocab_size"] == len(other)
     assert settings["critic"]["vocab_size"] == settings["actor"]["vocab_size"] == len(tokenizer)
     bad = RunConfig(
-        output_dir=str(tmp_path),
-        ppo=PPOConfig(data=data, critic_path=str(tmp_path / "reward"), iterations=1),
+        output_dir=str(tmp_path / "another_critic"),
+        ppo=PPOConfig(
+            data=data,
+            actor_path=str(tmp_path / "sft"),
+            reward_path=str(tmp_path / "reward"),
+            critic_path=str(tmp_path / "reward"),
+            iterations=1,
+        ),
     )
     with pytest.raises(ValueError, match=r"critic .* has another tokenizer than the actor"):
         Pipeline(bad, Console(file=io.StringIO())).ppo()
