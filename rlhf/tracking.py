@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -135,7 +136,11 @@ class ProgressBar:
 
 
 class Stopwatch:
-    """Seconds by name: `with watch("rollout"): ...` adds to `watch.seconds["rollout"]`."""
+    """Seconds by name: `with watch("rollout"): ...` adds to `watch.seconds["rollout"]`.
+
+    Work that a GPU still has in hand when a lap begins or ends is waited for, so it counts where it
+    was asked for.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -150,8 +155,17 @@ class _Lap:
         self._name = name
 
     def __enter__(self) -> None:
+        synchronize()
         self._start = time.perf_counter()
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None:  # a device that has failed would raise again, in place of the first error
+            synchronize()
         elapsed = time.perf_counter() - self._start
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + elapsed
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from rlhf.tracking import synchronize
+
 PROBE_BYTES = 1 << 30  # beyond any cache
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "ctranslate2", "vllm")
 
@@ -75,12 +77,6 @@ def interleave(
         if collecting:
             gc.enable()
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
-
-
-def synchronize() -> None:
-    """Wait for the GPU, where there is one in use."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def busy_clock() -> float:

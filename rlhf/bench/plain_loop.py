@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.advantages import gae, shape_rewards, whiten
-from rlhf.bench.measure import synchronize
 from rlhf.bench.models import StepModels
 from rlhf.bench.peers import Answer, Request
 from rlhf.bench.peers.hf import pad_left
@@ -68,18 +67,14 @@ class PlainLoop:
 
     def iterate(self, prompts: list[list[int]]) -> None:
         self._watch = Stopwatch()
-        with self._phase("rollout"):
+        with self._watch("rollout"):
             request = Request(prompts, self._config.max_new_tokens, 1.0, self._stop)
             answer = self.rollout(request)
-        with self._phase("score"):
+        with self._watch("score"):
             batch = self._score(prompts, answer)
         for _ in range(self._config.epochs):
             self._update(*batch)
         self.phases = self._watch.seconds
-
-    def _phase(self, name: str) -> Any:
-        synchronize()
-        return self._watch(name)
 
     @torch.no_grad()
     def _score(self, prompts: list[list[int]], answer: Answer) -> tuple[Tensor, ...]:
@@ -120,24 +115,20 @@ class PlainLoop:
             place = (input_ids, prompt_lengths, lengths)
             width = int(lengths.max())
             cut = slice(None), slice(0, width)
-            with self._phase("update_actor"):
+            with self._watch("update_actor"):
                 new = self.actor(full_logprobs, *place)
                 loss = policy_loss(
                     new, old[cut], advantages[cut], keep[cut], cliprange=config.cliprange
                 ).loss
                 self.actor.backward(loss / tokens)
-                synchronize()
-            with self._phase("update_critic"):
+            with self._watch("update_critic"):
                 guess = self._critic(response_values, *place)
                 value = value_loss(
                     guess, values[cut], returns[cut], keep[cut],
                     cliprange_value=config.cliprange_value,
                 ).loss  # fmt: skip
                 self._critic.backward(value / tokens)
-                synchronize()
-        with self._phase("update_actor"):
+        with self._watch("update_actor"):
             self.actor.step()
-            synchronize()
-        with self._phase("update_critic"):
+        with self._watch("update_critic"):
             self._critic.step()
-            synchronize()

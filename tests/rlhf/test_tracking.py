@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -95,3 +96,57 @@ def test_stopwatch_counts_a_lap_that_failed_and_nests() -> None:
     with pytest.raises(KeyError):
         fail()
     assert watch.seconds["outer"] >= watch.seconds["inner"] >= 0.01
+
+
+class PendingWork:
+    """A device that works when it is waited for, as long as was asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0.0
+        monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.cuda.synchronize", self.finish)
+
+    def finish(self) -> None:
+        seconds, self.seconds = self.seconds, 0.0
+        time.sleep(seconds)
+
+
+def test_stopwatch_counts_device_work_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, watch = PendingWork(monkeypatch), Stopwatch()
+    device.seconds = 0.2  # of nobody
+    with watch("score"):
+        device.seconds = 0.03
+    with watch("update"):
+        device.seconds = 0.06
+    assert 0.03 <= watch.seconds["score"] < 0.06 <= watch.seconds["update"] < 0.2
+
+
+def test_stopwatch_leaves_the_error_of_a_failed_device_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error, again")
+
+    watch = Stopwatch()
+
+    def fail() -> None:
+        with watch("score"):
+            monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+            monkeypatch.setattr("torch.cuda.synchronize", broken)
+            raise KeyError("the first one")
+
+    with pytest.raises(KeyError, match="the first one"):
+        fail()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_stopwatch_waits_for_the_gpu() -> None:
+    watch = Stopwatch()
+    with watch("asked"):
+        torch.cuda._sleep(2 * 10**8)  # clock cycles: a tenth of a second
+    with watch("nothing"):
+        pass
+    assert watch.seconds["asked"] > 0.03 > 10 * watch.seconds["nothing"]
