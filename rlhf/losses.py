@@ -113,9 +113,12 @@ class ValueLoss:
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, cliprange_value: float
 ) -> ValueLoss:
-    """Half the larger of the squared errors with and without the clip, in fp32. All (B, T)."""
+    """Half the larger of the squared errors with and without the clip, in fp32. All (B, T).
+
+    A value inside the clip stays what it is, to the last bit, so that none is counted as held back.
+    """
     values, old_values = values.float(), old_values.float()
-    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     plain, held = (values - returns).square(), (near - returns).square()
     return ValueLoss(
         loss=0.5 * (torch.maximum(plain, held) * mask).sum(),

@@ -122,6 +122,17 @@ def test_value_loss_by_hand() -> None:
     torch.testing.assert_close(values.grad, torch.tensor([[0.0, -0.9]]))
 
 
+def test_rounding_is_not_clipped() -> None:
+    """Inside the clip no value counts, though old + (value - old) has other last bits."""
+    generator = torch.Generator().manual_seed(2)
+    old, values = (0.2 * torch.rand(64, 63, generator=generator) for _ in range(2))
+    returns, mask = torch.randn(old.shape, generator=generator), torch.ones_like(old).bool()
+    assert (old + (values - old) != values).any()
+    found = value_loss(values, old, returns, mask, cliprange_value=0.2)
+    assert int(found.clipped) == 0
+    assert float(found.loss) == float(0.5 * (values - returns).square().sum())
+
+
 def test_value_loss_is_computed_in_fp32() -> None:
     values = torch.tensor([[1.0, 1.01]], dtype=torch.bfloat16)
     mask = torch.ones(1, 2, dtype=torch.bool)
