@@ -571,6 +571,13 @@ class RunConfig:
                 "data_split must be three shares of 0 or more, such as 2,4,4 for SFT, reward model"
                 f" and PPO, got {self.data_split!r}"
             )
+        ppo = self.ppo
+        mixes_sft = ppo.ptx_coef > 0 and ppo.ptx_data is None
+        if mixes_sft and self.is_synthetic(self.sft.data) and not self.is_synthetic(ppo.data):
+            raise ValueError(
+                "ppo.ptx_coef would mix synthetic text into PPO on other prompts: give "
+                "ppo.ptx_data or sft.data"
+            )
 
     @property
     def fractions(self) -> list[float] | None:
@@ -583,6 +590,10 @@ class RunConfig:
             return section
         mix = [SourceConfig(name, columns=section.columns) for name in self.data_path]
         return dataclasses.replace(section, mix=mix)
+
+    def is_synthetic(self, section: DataConfig) -> bool:
+        """Whether all of a step's data are the made-up instructions, the default."""
+        return all(source.name == "synthetic" for source in self.data_of(section).sources)
 
 
 def _numbers(text: list[float] | str) -> list[float]:

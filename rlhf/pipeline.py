@@ -42,10 +42,12 @@ from rlhf.evaluation import (
 from rlhf.models import (
     add_adapters,
     build_causal_lm,
+    check_positions,
     load_causal_lm,
     load_critic,
     load_scorer,
     parameter_count,
+    positions_of,
     save_model,
 )
 from rlhf.progress import Progress
@@ -114,8 +116,8 @@ class Pipeline:
             )
             with Tracker(self.folder, "sft", resume=self._progress.resume) as tracker:
                 self.report.sft = trainer.train(
-                    _encoded(data, "train", tokenizer),
-                    heldout=_encoded(data, "test", tokenizer),
+                    _readable(model, data, "train", tokenizer, option="sft.data"),
+                    heldout=_readable(model, data, "test", tokenizer, option="sft.data"),
                     tracker=tracker,
                     console=self._console,
                     checkpoints=self._progress.checkpoints("sft"),
@@ -140,9 +142,9 @@ class Pipeline:
                 model, tokenizer, config, seed=self.config.seed, engines=self._engines
             )
             with Tracker(self.folder, "reward", resume=self._progress.resume) as tracker:
-                heldout = _encoded(data, "test", tokenizer)
+                heldout = _readable(model, data, "test", tokenizer, option="reward.data")
                 self.report.reward = trainer.train(
-                    _encoded(data, "train", tokenizer),
+                    _readable(model, data, "train", tokenizer, option="reward.data"),
                     heldout=heldout,
                     tracker=tracker,
                     console=self._console,
@@ -150,9 +152,8 @@ class Pipeline:
                 )
                 self.report.calibration = calibration(trainer.differences(heldout))
                 self.report.histories["reward"] = tracker.history
-            demonstrations = self._data(self.config.sft.data, "demonstrations")
-            sample = _encoded(demonstrations, "train", tokenizer)[:NORMALISATION_ROWS]
-            self.report.reward |= trainer.normalise(sample["input_ids"])
+            sample = self._good_answers(data, tokenizer, positions_of(model))
+            self.report.reward |= trainer.normalise(sample)
             self._save(trainer.engine, tokenizer, "reward", base=path)
         self._end("reward", reward=self.report.reward, calibration=self.report.calibration)
 
@@ -175,9 +176,12 @@ class Pipeline:
                 actor, critic, reward, tokenizer, engines=self._engines,
                 engine_config=EngineConfig(**dataclasses.asdict(self.config.rollout)),
             )  # fmt: skip
-            mixture = self._mixture(tokenizer) if config.ptx_coef else None
+            mixture = self._mixture(actor, tokenizer) if config.ptx_coef else None
+            rows = self._prompts(config, "train", tokenizer, "ppo", actor, critic)
+            self._prompts(
+                config, "test", tokenizer, "ppo", actor, critic
+            )  # fail now, not at the end
             trainer = PPOTrainer(engine, config, seed=self.config.seed, mixture=mixture)
-            rows = _encoded(self._data(config.data, "prompts"), "train", tokenizer)
             self._train_ppo(trainer, rows, self._progress.checkpoints("ppo"))
             engine.rollout_engine.release()
             self._save(trainer.actor, tokenizer, "actor", base=actor_path)
@@ -201,14 +205,16 @@ class Pipeline:
             add_adapters(model, self.config.model.lora)
             self.report.parameters = parameter_count(model)
             self._seed_ranks()
+            if self._metric is not None:
+                self._prompts(config, "test", tokenizer, "dpo", model)  # fail now, not at the end
             data = self._data(config.data, "preferences")
             trainer = DPOTrainer(
                 model, tokenizer, config, seed=self.config.seed, engines=self._engines
             )
             with Tracker(self.folder, "dpo", resume=self._progress.resume) as tracker:
                 self.report.dpo = trainer.train(
-                    _encoded(data, "train", tokenizer),
-                    heldout=_encoded(data, "test", tokenizer),
+                    _readable(model, data, "train", tokenizer, option="dpo.data"),
+                    heldout=_readable(model, data, "test", tokenizer, option="dpo.data"),
                     tracker=tracker,
                     console=self._console,
                     checkpoints=self._progress.checkpoints("dpo"),
@@ -275,9 +281,41 @@ class Pipeline:
         own = load_tokenizer(path)
         return None if tokenizer_digest(own) == tokenizer_digest(tokenizer) else own
 
-    def _mixture(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        data = self.config.ppo.ptx_data or self.config.sft.data
-        return _encoded(self._data(data, "demonstrations"), "train", tokenizer)
+    def _mixture(self, actor: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        given = self.config.ppo.ptx_data
+        data = self._data(given or self.config.sft.data, "demonstrations")
+        option = "ppo.ptx_data" if given else "sft.data"
+        return _readable(actor, data, "train", tokenizer, option=option)
+
+    def _good_answers(
+        self, pairs: DataBlend, tokenizer: PreTrainedTokenizerBase, positions: int
+    ) -> list[list[int]]:
+        """What the reward model is to score 0 on average: demonstrations, or the pairs' better
+        sides where there are no demonstrations but made-up ones."""
+        section = self.config.sft.data
+        if self.config.is_synthetic(section) and not self.config.is_synthetic(
+            self.config.reward.data
+        ):
+            return _encoded(pairs, "train", tokenizer)[:NORMALISATION_ROWS]["chosen_ids"]
+        rows = _encoded(self._data(section, "demonstrations"), "train", tokenizer)
+        return [ids[-positions:] for ids in rows[:NORMALISATION_ROWS]["input_ids"]]
+
+    def _prompts(
+        self,
+        config: PPOConfig | DPOConfig,
+        split: Split,
+        tokenizer: PreTrainedTokenizerBase,
+        step: str,
+        *models: nn.Module | None,
+    ) -> Dataset:
+        """Prompts to which all the models can read a whole response."""
+        rows = _encoded(self._data(config.data, "prompts"), split, tokenizer)
+        for model in models:
+            if model is not None:
+                check_positions(
+                    rows, model, option=f"{step}.data", max_new_tokens=config.max_new_tokens
+                )
+        return rows
 
     def _train_ppo(self, trainer: PPOTrainer, rows: Dataset, checkpoints: Checkpoints) -> None:
         config = self.config.ppo
@@ -419,6 +457,18 @@ class Pipeline:
         """Once the models are the same on all ranks: chance, such as dropout, is to differ."""
         if distributed.rank():
             torch.manual_seed(self.config.seed + 1_000_003 * distributed.rank())
+
+
+def _readable(
+    model: nn.Module,
+    data: DataBlend,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    option: str,
+) -> Dataset:
+    """Encoded rows for whose tokens the model has positions; else ValueError."""
+    return check_positions(_encoded(data, split, tokenizer), model, option=option)
 
 
 def _encoded(data: DataBlend, split: Split, tokenizer: PreTrainedTokenizerBase) -> Dataset:

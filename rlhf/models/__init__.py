@@ -16,6 +16,7 @@ from rlhf.models.loading import (
     parameter_count,
 )
 from rlhf.models.lora import adapters_off, add_adapters, has_adapters, reference_of, whole_model
+from rlhf.models.positions import check_positions, positions_of
 from rlhf.models.saving import save_model
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "adapters_off",
     "add_adapters",
     "build_causal_lm",
+    "check_positions",
     "completion_logprobs",
     "has_adapters",
     "load_causal_lm",
     "load_critic",
     "load_scorer",
     "parameter_count",
+    "positions_of",
     "reference_of",
     "response_logprobs",
     "response_values",

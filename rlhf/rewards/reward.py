@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import collate_right, decode_completion, encode_answers, to_completion
 from rlhf.engines import Engine, Engines, PlainEngine
-from rlhf.models import sequence_scores
+from rlhf.models import positions_of, sequence_scores
 from rlhf.rewards.functions import RewardFunction, call_function, function_name
 
 # Scores of B sequences from right-padded ids (B, L), prompt lengths and total lengths (B,).
@@ -213,13 +212,9 @@ class PendingScores:
         return call_function(function, prompts, completions, columns)
 
 
-def positions_of(model: nn.Module) -> int:
-    """Tokens that a model has positions for; more than any sequence has, if it knows no end."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-
-
 def _ended(ids: list[int], eos_id: int, *, limit: int) -> list[int]:
-    """The sequence with EOS at its end, in place of its last token where it has no room for one."""
+    """The most recent tokens that fit, with EOS at the end, in place of the last where it must."""
+    ids = ids[-limit:]
     return ids if ids[-1] == eos_id else [*ids[: limit - 1], eos_id]
 
 
