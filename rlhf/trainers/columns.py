@@ -20,6 +20,14 @@ def pieces(rows: Dataset) -> Iterator[dict[str, list[Any]]]:
         yield rows[start : start + ROWS_IN_MEMORY]
 
 
+def row_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each row; of a pair, of both sides."""
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    sides = (rows["chosen_ids"], rows["rejected_ids"])
+    return [len(chosen) + len(rejected) for chosen, rejected in zip(*sides, strict=True)]
+
+
 def micro_batches(batch: Columns, size: int) -> Iterator[tuple[dict[str, list[Any]], float]]:
     """This rank's pieces of at most `size` rows, and what their losses weigh.
 

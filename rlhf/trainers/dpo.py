@@ -10,74 +10,21 @@ from collections.abc import Callable
 
 import torch
 from datasets import Dataset
-from rich.console import Console
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from rlhf import distributed
-from rlhf.checkpoint import Checkpoints
 from rlhf.config import DPOConfig
-from rlhf.data import RowBatches, collate_right
-from rlhf.engines import Engine, Engines, PlainEngine, TrainingEngine
+from rlhf.data import collate_right
+from rlhf.engines import TrainingEngine
 from rlhf.losses import DPOLoss, dpo_loss
 from rlhf.models import sequence_logprobs
-from rlhf.tracking import Tracker
 from rlhf.trainers.columns import Columns, micro_batches, pieces
-from rlhf.trainers.loop import Metrics, train_epochs
+from rlhf.trainers.loop import Metrics
+from rlhf.trainers.supervised import SupervisedTrainer
 
 
-class DPOTrainer:
+class DPOTrainer(SupervisedTrainer[DPOConfig]):
     """Trains a causal language model on encoded pairs (Preference)."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        config: DPOConfig,
-        *,
-        seed: int = 0,
-        engines: Engines | None = None,
-    ) -> None:
-        self._model = model
-        self._engines = engines or Engines()
-        self.engine: Engine = PlainEngine(model)  # from `train` on the one that trains
-        self._pad_id: int = tokenizer.pad_token_id
-        self._config = config
-        self._seed = seed
-
-    def train(
-        self,
-        rows: Dataset,
-        *,
-        tracker: Tracker,
-        console: Console,
-        heldout: Dataset | None = None,
-        checkpoints: Checkpoints | None = None,
-    ) -> Metrics:
-        """Returns the evaluation of the weights that are kept, {} without `heldout`."""
-        config = self._config
-        sides = (rows["chosen_ids"], rows["rejected_ids"])
-        lengths = [len(a) + len(b) for a, b in zip(*sides, strict=True)]
-        batches = RowBatches(len(rows), config.batch_size, lengths=lengths, seed=self._seed)
-        steps = len(batches) * config.epochs
-        engine = self._engines.training(self._model, config.optimizer, total_steps=steps)
-        self.engine = engine
-        reference = self.logprobs(rows)
-        return train_epochs(
-            engine,
-            batches,
-            lambda indices: self._train_batch(engine, rows[indices], reference[indices]),
-            None if heldout is None else self._evaluation(heldout),
-            config,
-            lengths=lengths,
-            tracker=tracker,
-            console=console,
-            checkpoints=checkpoints,
-        )
-
-    def _evaluation(self, rows: Dataset) -> Callable[[], Metrics]:
-        reference = self.logprobs(rows)
-        return lambda: self.evaluate(rows, reference)
 
     @torch.no_grad()
     def logprobs(self, rows: Dataset) -> Tensor:
@@ -102,11 +49,19 @@ class DPOTrainer:
         metrics = {"loss": float(result.loss) / len(rows), **_preferences(result)}
         return {f"eval/{name}": value for name, value in metrics.items()}
 
-    def _train_batch(self, engine: TrainingEngine, batch: Columns, reference: Tensor) -> Metrics:
+    def _batches_of(self, rows: Dataset) -> Callable[[list[int]], Columns]:
+        """With a column of the reference's log-probs."""
+        reference = self.logprobs(rows)
+        return lambda indices: {**rows[indices], "reference": reference[indices].tolist()}
+
+    def _evaluation_of(self, heldout: Dataset) -> Callable[[], Metrics]:
+        reference = self.logprobs(heldout)
+        return lambda: self.evaluate(heldout, reference)
+
+    def _train_batch(self, engine: TrainingEngine, batch: Columns) -> Metrics:
         count = len(batch["chosen_ids"])
-        columns = {**batch, "reference": reference.tolist()}
         sums: Metrics = {}
-        for pairs, weight in micro_batches(columns, self._config.micro_batch_size):
+        for pairs, weight in micro_batches(batch, self._config.micro_batch_size):
             chosen, rejected = self._pair_logprobs(pairs)
             given = torch.tensor(pairs["reference"], device=chosen.device)
             result = self._loss(chosen, rejected, given)

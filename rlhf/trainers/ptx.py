@@ -5,22 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor
 
-from rlhf.data import RowBatches, collate_right
+from rlhf.data import RowBatches
 from rlhf.engines import TrainingEngine
-from rlhf.models import completion_logprobs
-from rlhf.trainers.columns import Columns, micro_batches
+from rlhf.trainers.columns import micro_batches, row_lengths
+from rlhf.trainers.sft import demonstration_logprobs
 
 
 class MixtureData:
     """Encoded demonstrations or text, {input_ids, loss_mask}, drawn without end."""
 
     def __init__(self, rows: Dataset, batch_size: int, *, pad_id: int, seed: int = 0) -> None:
-        lengths = [len(ids) for ids in rows["input_ids"]]
         self._rows = rows
         self._pad_id = pad_id
-        self.batches = RowBatches(len(rows), batch_size, lengths=lengths, seed=seed)
+        self.batches = RowBatches(len(rows), batch_size, lengths=row_lengths(rows), seed=seed)
 
     def backward(self, engine: TrainingEngine, *, coef: float, micro_batch_size: int) -> float:
         """Gradients of coef * the mean loss per trained token of the next batch.
@@ -31,14 +29,8 @@ class MixtureData:
         tokens = max(1, sum(sum(mask[1:]) for mask in batch["loss_mask"]))
         total = 0.0
         for micro, weight in micro_batches(batch, micro_batch_size):
-            loss = -self._logprobs(engine, micro).sum() * (weight / tokens)
+            logprobs = demonstration_logprobs(engine, micro, self._pad_id)
+            loss = -logprobs.sum() * (weight / tokens)
             engine.backward(coef * loss)
             total += float(loss.detach())
         return total
-
-    def _logprobs(self, engine: TrainingEngine, micro: Columns) -> Tensor:
-        device = next(engine.module.parameters()).device
-        input_ids, _ = collate_right(micro["input_ids"], self._pad_id)
-        loss_mask, _ = collate_right(micro["loss_mask"], 0)
-        loss_mask = loss_mask.bool().to(device)
-        return engine(completion_logprobs, input_ids.to(device), loss_mask)

@@ -2,76 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from datasets import Dataset
-from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from rlhf import distributed
-from rlhf.checkpoint import Checkpoints
 from rlhf.config import RewardConfig
-from rlhf.data import RowBatches, collate_right
-from rlhf.engines import Engine, Engines, PlainEngine, TrainingEngine
+from rlhf.data import collate_right
+from rlhf.engines import TrainingEngine
 from rlhf.losses import preference_loss
 from rlhf.models import sequence_scores
-from rlhf.tracking import Tracker
 from rlhf.trainers.columns import Columns, micro_batches, pieces
-from rlhf.trainers.loop import Metrics, train_epochs
+from rlhf.trainers.loop import Metrics
+from rlhf.trainers.supervised import SupervisedTrainer
 
 CALIBRATION_BINS = 10
 MIN_SPREAD = 1e-4  # of scores, in nats; less is rounding
 
 
-class RewardTrainer:
+class RewardTrainer(SupervisedTrainer[RewardConfig]):
     """Trains a one-label classifier on encoded pairs (Preference)."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        config: RewardConfig,
-        *,
-        seed: int = 0,
-        engines: Engines | None = None,
-    ) -> None:
-        self._model = model
-        self._engines = engines or Engines()
-        self.engine: Engine = PlainEngine(model)  # from `train` on the one that trains
-        self._pad_id: int = tokenizer.pad_token_id
-        self._config = config
-        self._seed = seed
-
-    def train(
-        self,
-        rows: Dataset,
-        *,
-        tracker: Tracker,
-        console: Console,
-        heldout: Dataset | None = None,
-        checkpoints: Checkpoints | None = None,
-    ) -> Metrics:
-        """Returns the evaluation of the weights that are kept, {} without `heldout`."""
-        config = self._config
-        sides = (rows["chosen_ids"], rows["rejected_ids"])
-        lengths = [len(a) + len(b) for a, b in zip(*sides, strict=True)]
-        batches = RowBatches(len(rows), config.batch_size, lengths=lengths, seed=self._seed)
-        steps = len(batches) * config.epochs
-        engine = self._engines.training(
-            self._model, config.optimizer, total_steps=steps, role="critic"
-        )
-        self.engine = engine
-        return train_epochs(
-            engine,
-            batches,
-            lambda indices: self._train_batch(engine, rows[indices]),
-            None if heldout is None else lambda: self.evaluate(heldout),
-            config,
-            lengths=lengths,
-            tracker=tracker,
-            console=console,
-            checkpoints=checkpoints,
-        )
+    role = "critic"
 
     def evaluate(self, rows: Dataset) -> Metrics:
         """Loss per pair, without the margins of the data and the centring; share of pairs ranked
@@ -117,6 +71,9 @@ class RewardTrainer:
         config = self._model.config
         config.score_mean = (mean + getattr(config, "score_mean", 0.0)) / scale  # type: ignore[union-attr]
         return {"score_mean": mean, "score_std": std}
+
+    def _evaluation_of(self, heldout: Dataset) -> Callable[[], Metrics]:
+        return lambda: self.evaluate(heldout)
 
     def _train_batch(self, engine: TrainingEngine, batch: Columns) -> Metrics:
         count = len(batch["chosen_ids"])
