@@ -3,7 +3,7 @@
 from hybrid_engine.accelerate import Acceleration, accelerate, acceleration, restore
 from hybrid_engine.config import EngineConfig
 from hybrid_engine.engine import HybridEngine
-from hybrid_engine.generation import Rollout, SamplingParams
+from hybrid_engine.generation import Rollout, SamplingParams, sequence_seeds
 from hybrid_engine.speedup import measure_speedup
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "acceleration",
     "measure_speedup",
     "restore",
+    "sequence_seeds",
 ]

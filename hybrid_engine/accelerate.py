@@ -61,7 +61,7 @@ class Acceleration:
             except ValueError as error:
                 raise NotServedError(str(error)) from error
             self.served += 1
-            return engine.generate(request.prompts, request.params)
+            return engine.generate(request.prompts, request.params, seeds=request.seeds())
 
     def _serving(self, device: torch.device) -> HybridEngine:
         """Under autocast, an engine of autocast's type."""

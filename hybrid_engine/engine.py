@@ -101,12 +101,15 @@ class HybridEngine:
         prompts: list[list[int]],
         params: SamplingParams | None = None,
         *,
+        seeds: list[int] | None = None,
         on_finish: Callable[[int, list[int]], None] | None = None,
     ) -> Rollout:
         """Responses to token-id prompts of any lengths, sampled as `params` says.
 
-        Outside `rollout()` the flip happens for this call alone. `on_finish` is called with the
-        place in the rollout and the tokens of each response as it ends, while others decode.
+        Outside `rollout()` the flip happens for this call alone. `seeds` has the key of each
+        response's draws, n for each prompt; default: `sequence_seeds` of params.seed and this rank.
+        `on_finish` is called with the place in the rollout and the tokens of each response as it
+        ends, while others decode.
 
         Raises ValueError for an empty prompt, or one that with max_new_tokens passes the model's
         positions.
@@ -116,7 +119,7 @@ class HybridEngine:
             contextlib.nullcontext() if self._in_rollout else self.rollout(),
             self._together(),
         ):
-            requests = self._requests(prompts, params)
+            requests = self._requests(prompts, params, seeds)
             loop = self._start(requests, params)
             while not loop.done:
                 loop.step(MOST_STEPS)
@@ -192,10 +195,13 @@ class HybridEngine:
         """Ranks whose passes meet leave only together."""
         return self._joint.together() if self._joint else contextlib.nullcontext()
 
-    def _requests(self, prompts: list[list[int]], params: SamplingParams) -> Requests:
+    def _requests(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
+    ) -> Requests:
         own = [p for p in prompts for _ in range(params.n)]
         self._check(own, params)
-        return self._joint.share(own, params) if self._joint else Requests.alone(own, params)
+        alone = Requests.alone(own, params, seeds)
+        return self._joint.share(alone, params) if self._joint else alone
 
     def _start(self, requests: Requests, params: SamplingParams) -> GenerationLoop:
         prompts = requests.prompts

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import logits_process
 from transformers.generation import stopping_criteria as stopping
 
-from hybrid_engine.generation import SamplingParams
+from hybrid_engine.generation import SamplingParams, sequence_seeds
 from hybrid_engine.weights import sharded_parameters, whole_shape
 
 
@@ -53,6 +53,11 @@ class Request:
     prompts: list[list[int]]  # without their padding
     params: SamplingParams
     pad_token_id: int
+
+    def seeds(self) -> list[int]:
+        """Of each response's draws: torch's generator decides alone, as it does in HF's loop."""
+        repeated = [prompt for prompt in self.prompts for _ in range(self.params.n)]
+        return sequence_seeds(repeated, self.params.seed)
 
 
 def read_request(

@@ -16,7 +16,7 @@ from hybrid_engine.config import EngineConfig
 from hybrid_engine.generation import Rollout, SamplingParams
 from hybrid_engine.generation.seeds import sequence_seeds
 from hybrid_engine.models import Decoder, Family, Mode, ParallelDecoder, RolloutCopy
-from hybrid_engine.parallel import Lockstep, TensorParallel, tensor_parallel
+from hybrid_engine.parallel import Lockstep, TensorParallel, tensor_parallel, world_rank
 from hybrid_engine.weights import ShardedParameters, sharded_parameters
 
 _SHARE_OF_FREE_MEMORY = 0.8  # that a pinned copy may take; the KV cache needs some too
@@ -27,13 +27,20 @@ class Requests:
     """The prompts that are generated for, and which of them are this rank's own."""
 
     prompts: list[list[int]]
-    seeds: list[int]  # as each rank would have them alone
+    seeds: list[int]  # of each prompt's draws, as each rank would have them alone
     first: int  # place of this rank's
     count: int
 
     @classmethod
-    def alone(cls, prompts: list[list[int]], params: SamplingParams) -> Requests:
-        return cls(prompts, sequence_seeds(prompts, params.seed), 0, len(prompts))
+    def alone(
+        cls, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
+    ) -> Requests:
+        """Raises ValueError unless there is a seed for each prompt, or none at all."""
+        if seeds is None:
+            seeds = sequence_seeds(prompts, params.seed, rank=world_rank())
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds: expected one for each of {len(prompts)}, got {len(seeds)}")
+        return cls(prompts, seeds, 0, len(prompts))
 
     def own_place(self, place: int) -> int | None:
         """Where a response is in this rank's own part; None for other ranks' responses."""
@@ -145,16 +152,15 @@ class JointRollout:
                 stack.enter_context(self._peers.together())
             yield
 
-    def share(self, prompts: list[list[int]], params: SamplingParams) -> Requests:
+    def share(self, alone: Requests, params: SamplingParams) -> Requests:
         """The prompts of all ranks that share this one's copy, in the order of ranks.
 
         Raises ValueError when the ranks ask for different sampling.
         """
-        alone = Requests.alone(prompts, params)
         if self._parallel is None or self._peers is None:
             return alone
         self._peers.begin()
-        asked = self._parallel.gather_objects((prompts, alone.seeds, _comparable(params)))
+        asked = self._parallel.gather_objects((alone.prompts, alone.seeds, _comparable(params)))
         first = asked[0][2]
         for rank, (_, _, other) in enumerate(asked):
             if other != first:
@@ -166,7 +172,7 @@ class JointRollout:
             prompts=[prompt for theirs, _, _ in asked for prompt in theirs],
             seeds=[seed for _, theirs, _ in asked for seed in theirs],
             first=sum(len(theirs) for theirs, _, _ in asked[: self._parallel.rank]),
-            count=len(prompts),
+            count=alone.count,
         )
 
     def least(self, value: int) -> int:

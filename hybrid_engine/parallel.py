@@ -56,6 +56,11 @@ class TensorParallel:
         return values
 
 
+def world_rank() -> int:
+    """Of this process among all; 0 where it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def tensor_parallel(size: int, group: Any = None) -> TensorParallel | None:
     """This rank's group of `size` consecutive ranks, or the one given; None if it is alone.
 

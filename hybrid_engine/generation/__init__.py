@@ -2,5 +2,6 @@
 
 from hybrid_engine.generation.loop import GenerationLoop
 from hybrid_engine.generation.params import Rollout, SamplingParams
+from hybrid_engine.generation.seeds import sequence_seeds
 
-__all__ = ["GenerationLoop", "Rollout", "SamplingParams"]
+__all__ = ["GenerationLoop", "Rollout", "SamplingParams", "sequence_seeds"]

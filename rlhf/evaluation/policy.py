@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_engine import EngineConfig, HybridEngine, SamplingParams
+from hybrid_engine import EngineConfig, HybridEngine, SamplingParams, sequence_seeds
 from rlhf import distributed
 from rlhf.data import collate_right, decode_completion, to_completion
 from rlhf.engines import Engine
@@ -56,14 +56,17 @@ def evaluate_policy(
     """
     for model in (policy, reference):
         model.module.eval()
-    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
     even = len(prompts) // distributed.world_size() * distributed.world_size()
+    seeds = sequence_seeds(list(prompts["input_ids"]), seed)[:even]
     prompts = prompts.select(distributed.share(range(even)))
     prompt_ids = list(prompts["input_ids"])
     pending = reward.start(list(prompts["prompt"]), _columns(prompts), tokenizer)
     with policy.for_rollout():
         engine = HybridEngine(policy.module, engine_config)
-        rollout = engine.generate(prompt_ids, params, on_finish=pending.submit)
+        rollout = engine.generate(
+            prompt_ids, params, seeds=list(distributed.share(seeds)), on_finish=pending.submit
+        )
         engine.release()
     responses = [rollout.response(i) for i in range(len(prompt_ids))]
     sequences = [[*p, *r] for p, r in zip(prompt_ids, responses, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hybrid_engine import Rollout, SamplingParams
+from hybrid_engine import Rollout, SamplingParams, sequence_seeds
 from rlhf import distributed
 from rlhf.advantages import AdvantageFunction
 from rlhf.checkpoint import Saved
@@ -114,7 +114,7 @@ class PPOTrainer:
         repeated = [list(prompt) for prompt in self._ours(prompts)]
         with self._watch("rollout"), self.actor.for_rollout():
             pending = self._pending(repeated, columns or {})
-            rollout = self._roll_out(repeated, pending)
+            rollout = self._roll_out(repeated, self._seeds(prompts), pending)
         with self._watch("score"):
             experience = measure_rollout(
                 engine,
@@ -192,16 +192,26 @@ class PPOTrainer:
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
         return reward.start(texts or prompts, repeated, tokenizer)
 
-    def _roll_out(self, prompts: list[list[int]], pending: PendingScores) -> Rollout:
+    def _seeds(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Of this rank's responses: all ranks' differ, and are those of one process."""
+        n = self.config.samples_per_prompt
+        every = [list(prompt) for prompt in prompts for _ in range(n)]
+        seeds = sequence_seeds(every, (self._seed * 1_000_003 + self.iteration) % 2**31)
+        ours = distributed.share(range(len(prompts)))
+        return [seed for i in ours for seed in seeds[i * n : (i + 1) * n]]
+
+    def _roll_out(
+        self, prompts: list[list[int]], seeds: list[int], pending: PendingScores
+    ) -> Rollout:
         config = self.config
         params = SamplingParams(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
-            seed=(self._seed * 1_000_003 + self.iteration) % 2**31,
         )
-        return self.engine.rollout_engine.generate(prompts, params, on_finish=pending.submit)
+        engine = self.engine.rollout_engine
+        return engine.generate(prompts, params, seeds=seeds, on_finish=pending.submit)
 
     def _check_kl(self, experience: Experience) -> None:
         tokens = float(experience.response_lengths.sum())

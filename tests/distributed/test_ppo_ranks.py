@@ -20,8 +20,9 @@ from rlhf.trainers import PPOTrainer, RLHFEngine
 from tests.distributed import training
 from tests.distributed.ranks import run_ranks
 
-PROMPTS = [[1, 50, 60], [1, 7], [1, *range(70, 82)], [1, 90, 91, 92, 93], [1, 33], [1, 44, 45],
+PROMPTS = [[1, 50, 60], [1, 7], [1, *range(70, 82)], [1, 90, 91, 92, 93], [1, 7], [1, 44, 45],
            [1, 99, 98], [1, 20, 30, 40]]  # fmt: skip
+EQUAL = [1, 4]  # of the prompts, on two ranks
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.0)
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
 ITERATIONS = 2
@@ -109,6 +110,7 @@ def test_ppo_is_that_of_one_process(
     )
     for found, wanted in zip(first["experiences"], expected["experiences"], strict=True):
         assert_same_tokens(found, wanted)
+        assert not torch.equal(*found.input_ids[EQUAL])
     for found, wanted in zip(first["history"], expected["history"], strict=True):
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
     for name in ("actor", "critic", "average"):

@@ -74,6 +74,28 @@ def test_a_seed_gives_the_samples_of_one_rank():
     run_ranks(_compare_with_one_rank, "llama", {}, config, SAMPLED)
 
 
+def _responses(config):
+    """To one prompt, twice on each rank: by their own seeds, and by their parts of one batch's."""
+    engine, prompts = he.HybridEngine(build("llama"), he.EngineConfig(**config)), [[5, 6, 7]] * 2
+    part = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    seeds = [None, he.sequence_seeds(prompts * 2, 0)[part]]
+    params = he.SamplingParams(max_new_tokens=12)
+    rollouts = [engine.generate(prompts, params, seeds=s) for s in seeds]
+    return [[rollout.response(i) for i in range(2)] for rollout in rollouts]
+
+
+@pytest.mark.parametrize("config", [{}, {"inference_tp_size": 2}], ids=["tp1", "tp2"])
+def test_equal_prompts_on_two_ranks_draw_differently(config):
+    """Each rank for itself; or, with their parts of a batch's seeds, as one process does."""
+    engine, params = he.HybridEngine(build("llama")), he.SamplingParams(max_new_tokens=12)
+    rollout = engine.generate([[5, 6, 7]] * 4, params)
+    expected = [rollout.response(i) for i in range(4)]
+    (own, divided), (others, rest) = run_ranks(_responses, config)
+    assert own == expected[:2]
+    assert len({tuple(response) for response in own + others}) == 4
+    assert divided + rest == expected
+
+
 @pytest.mark.parametrize(
     "prompts", [[[[5, 6, 7]], []], [[], [[5, 6, 7]]], [[], []]], ids=["second", "first", "both"]
 )

@@ -144,6 +144,11 @@ def test_head_larger_than_the_vocabulary(build) -> None:
         engine.generate([[1, 5]], GREEDY)
 
 
+def test_seeds_for_other_prompts(engine: HybridEngine) -> None:
+    with pytest.raises(ValueError, match="seeds: expected one for each of 2, got 1"):
+        engine.generate([[5, 6, 7]] * 2, SamplingParams(max_new_tokens=2), seeds=[0])
+
+
 def test_a_stream_of_several_responses(engine: HybridEngine, build) -> None:
     with pytest.raises(ValueError, match="one response, got n=2"):
         next(engine.stream([1], SamplingParams(n=2)))
