@@ -50,8 +50,7 @@ class TrainingConfig:
     adam: Literal["fused", "cpu"] = "fused"
     """AdamW of torch, or DeepSpeed's for offload on a GPU, which is compiled when first used."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a third more time. Not with ZeRO
-    stage 3."""
+    """Compute activations again in the backward pass: less memory, a third more time."""
     deepspeed_config: str | None = None
     """JSON file, merged over the DeepSpeed configuration that is made from these options."""
     actor: ShardingConfig = field(default_factory=ShardingConfig)

@@ -42,11 +42,6 @@ class Engines:
         total_steps: optimizer steps that the schedule of the learning rate spans.
         """
         if self._config.gradient_checkpointing:
-            if self._needs_deepspeed(role) and self._stage(role) == 3:
-                raise ValueError(
-                    "training.gradient_checkpointing is not served at ZeRO stage 3; take a stage "
-                    "below, or leave it out"
-                )
             recompute_activations(module)
         if not self._needs_deepspeed(role):
             return SingleProcessEngine(module.to(local_device()), config, total_steps=total_steps)

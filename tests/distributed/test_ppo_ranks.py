@@ -104,7 +104,9 @@ def test_ppo_is_that_of_one_process(
     the other way: by 2 lr at most a step, seldom; all others agree to rounding."""
     lora, expected, saved = alone
     (tmp_path / "deepspeed.json").write_text(training.PERSIST_NOTHING)
-    options = {"deepspeed_config": str(tmp_path / "deepspeed.json")}
+    # Recomputed activations change nothing, at one of the cases for all.
+    options = {"deepspeed_config": str(tmp_path / "deepspeed.json"),
+               "gradient_checkpointing": world == 4}  # fmt: skip
     first, *others = run_ranks(
         run, zero_stage, lora, options, tmp_path / "actor", tp, world=world, timeout=120
     )

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.config import LoraConfig
+from rlhf.models import add_adapters
 from tests.distributed import training
 from tests.distributed.ranks import run_ranks
+from tests.rlhf.test_engines import count_calls
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -67,7 +70,6 @@ def test_ranks_train_as_one_process_does(
     """The same up to the order of additions; of bf16, whose gradients are rounded before they are
     added up, Adam's first steps may turn a gradient near 0 around, lr = 1e-3 each."""
     dtype, expected = alone
-    # Recomputed activations change no bit of a gradient, at one stage for all.
     options = {"deepspeed_config": persist_nothing, "gradient_checkpointing": zero_stage == 2}
     first, second = run_ranks(train, zero_stage, dtype, options, tmp_path)
     assert first["history"] == second["history"]
@@ -81,6 +83,35 @@ def test_ranks_train_as_one_process_does(
         torch.testing.assert_close(first["weights"][name], weight, rtol=0.01, atol=absolute)
     assert first["again"] == first["history"][2:]
     assert_same(first["resumed"], first["weights"])
+
+
+def train_twice(zero_stage: int, lora: bool, deepspeed_config: str) -> dict[bool, Any]:
+    """Without recomputing activations and with: norms, weights, and how often layers ran."""
+    found = {}
+    for recompute in (False, True):
+        model = training.llama().eval()  # as PPO trains
+        if lora:
+            torch.manual_seed(5)
+            add_adapters(model, LoraConfig(r=4))
+        calls = count_calls(model)
+        engine = training.engine_of(
+            model, zero_stage, deepspeed_config=deepspeed_config, gradient_checkpointing=recompute
+        )
+        norms = [training.train_step(engine, step)["grad_norm"] for step in range(2)]
+        gathered = [n for n, p in model.named_parameters() if p.numel()]
+        found[recompute] = norms, engine.weights(), len(calls), gathered
+    return found
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_activations_are_recomputed_at_zero_3(persist_nothing: str, lora: bool) -> None:
+    """From weights that are gathered for it and given back; not a bit of an update changes."""
+    first, _ = run_ranks(train_twice, 3, lora, persist_nothing)
+    (norms, weights, calls, _), (again, same, twice, left) = first[False], first[True]
+    assert twice == 2 * calls
+    assert left == []
+    assert again == pytest.approx(norms, rel=1e-6)  # summed in the order of the backward
+    assert_same(same, weights)
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -183,9 +183,3 @@ def test_a_model_without_layers_to_recompute() -> None:
         Engines(TrainingConfig(gradient_checkpointing=True)).training(
             Weights(), OptimizerConfig(), total_steps=1
         )
-
-
-def test_recomputation_at_stage_3_is_refused(causal_lm) -> None:
-    engines = Engines(TrainingConfig(gradient_checkpointing=True), zero_stage=3)
-    with pytest.raises(ValueError, match="not served at ZeRO stage 3"):
-        engines.training(causal_lm(), OptimizerConfig(), total_steps=1)
