@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +44,8 @@ class DeviceStep:
     """Advances rows whose sequences go on; the others, and rows past `count`, stay as they are.
 
     A row goes on while its last token is no stop token, its response is shorter than T, and its
-    blocks have room. Lengths, stops and draws are tensors, so a step is the same kernels each time.
+    blocks have room. One whose logits were bad has no last token, see `ops.sample`, and stays too.
+    Lengths, stops and draws are tensors, so a step is the same kernels each time.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class DeviceStep:
     def _going(self, n: int) -> Tensor:
         rows = self._rows
         stopped = (rows.tokens[:n].unsqueeze(1) == self._stop).any(1) & (rows.steps[:n] > 0)
+        stopped |= rows.tokens[:n] < 0
         unfinished = rows.steps[:n] < self._results.tokens.shape[1]
         has_room = rows.lengths[:n] < rows.room[:n]
         return ~stopped & unfinished & has_room & (rows.numbers[:n] < self.count)
@@ -131,7 +135,11 @@ def graphs_serve(decoder: Decoder) -> bool:
 
 
 class GraphedSteps:
-    """A CUDA graph of the step for each bucket of rows: powers of two, or all of them."""
+    """A CUDA graph of the step for each bucket of rows: powers of two, or all of them.
+
+    The graphs share one pool of memory: they run one after another, and nothing that lies in it is
+    read after its step.
+    """
 
     def __init__(self, step: DeviceStep, capacity: int) -> None:
         self._step = step
@@ -151,17 +159,24 @@ class GraphedSteps:
             else:
                 graph.replay()
 
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """Of the decoder's device, which need not be the current one."""
+        return torch.cuda.Stream(self._step.count.device)
+
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
     def _capture(self, bucket: int) -> torch.cuda.CUDAGraph | None:
         """Warm up and record with no row that goes on, so that nothing advances."""
         self._step.count.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step.advance(bucket)
-        torch.cuda.current_stream().wait_stream(stream)
+        self._step.advance(bucket)
         graph = torch.cuda.CUDAGraph()
+        # By default what other threads do at the time, such as pinning the next batch, is an error.
+        place: Any = {"pool": self._pool, "stream": self._stream}
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local", **place):
                 self._step.advance(bucket)
         except RuntimeError as error:  # an op that this torch or driver cannot record
             warnings.warn(

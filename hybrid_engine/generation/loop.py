@@ -255,8 +255,8 @@ class GenerationLoop:
         return logits
 
     def _stopped(self, indices: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
-        """(B,) bool: which sequences end with these tokens."""
-        stopped = torch.isin(tokens, self._stop)
+        """(B,) bool: which sequences end with these tokens, or have none."""
+        stopped = torch.isin(tokens, self._stop) | (tokens < 0)
         if self._stop_strings:
             stopped |= self._stop_strings.ended(indices, lengths, tokens)
         return stopped
@@ -264,6 +264,8 @@ class GenerationLoop:
     def _retire(self, stopped: Tensor, steps: Tensor, chosen: list[int] | None) -> None:
         ended = (stopped | (steps >= self._params.max_new_tokens)).nonzero().flatten().tolist()
         was_stop = stopped.tolist() if ended else []
+        if ended:
+            self._check_drawn()
         for i in reversed(ended):  # the last row moves into a hole, so from the end
             row = i if chosen is None else chosen[i]
             sequence = self._scheduler.finish(row)
@@ -271,6 +273,16 @@ class GenerationLoop:
                 self.finish_reasons[sequence.index] = "stop"
             self._finished.append(sequence.index)
             self._rows.remove(row)
+
+    def _check_drawn(self) -> None:
+        """A CUDA kernel cannot raise: the rows whose logits are bad are told by their token."""
+        rows = self._rows
+        bad = rows.indices[: rows.count][rows.tokens[: rows.count] < 0].tolist()
+        if bad:
+            raise ValueError(
+                f"logits: NaN, or no finite maximum, for {len(bad)} of {rows.count} sequences, the "
+                f"first of them prompt {min(bad)}; the weights or activations have overflowed"
+            )
 
 
 def _sampling_tensors(

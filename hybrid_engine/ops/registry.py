@@ -46,7 +46,7 @@ class Op(Generic[P, R]):
         self.overload: Any = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if _CHECK == "1" and self.validate is not None:
+        if _CHECK == "1" and self.validate is not None and not _recording():
             self.validate(*args, **kwargs)
         return self.overload(*args, **kwargs)
 
@@ -57,6 +57,10 @@ class Op(Generic[P, R]):
         qualified = f"{NAMESPACE}::{self.name}"
         native = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper())
         return "native" if native else "reference"
+
+
+def _recording() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 OPS: dict[str, Op[Any, Any]] = {}
@@ -71,7 +75,8 @@ def define_op(
         schema: the part after the namespace, e.g. "relu(Tensor x) -> Tensor".
         fake: same parameters, returns empty tensors of the result's shape, dtype and device.
         validate: same parameters, raises ValueError for indices that lead out of memory. It waits
-            for the device, so it runs only with HYBRID_ENGINE_CHECK=1.
+            for the device, so it runs only with HYBRID_ENGINE_CHECK=1, and not while a CUDA graph
+            is recorded: there are no contents yet.
     """
 
     def register(reference: Callable[P, R]) -> Op[P, R]:
