@@ -30,9 +30,10 @@ class Call:
 
     op: Any
     make: Callable[[], tuple[Any, ...]]
+    path: str = ""  # of the launcher, where it has several
 
     def __str__(self) -> str:
-        return str(self.op.name)
+        return f"{self.op.name}{self.path}"
 
 
 def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -68,6 +69,29 @@ def gather_args(rows: int = 256, columns: int = 512) -> tuple[Any, ...]:
     return randn(2, partition), plan, [randn(rows, columns)], [], [], []
 
 
+def paged(batch: int, keys: int, kv_heads: int = 2) -> tuple[Tensor, ...]:
+    """Keys, values, block tables in random order and lengths."""
+    blocks = -(-keys // 16)
+    caches = randn(2, batch * blocks, kv_heads, 16, 128)
+    tables = torch.randperm(batch * blocks, device="cuda").int().view(batch, blocks)
+    return *caches, tables, torch.full((batch,), keys, dtype=torch.int32, device="cuda")
+
+
+def decode_args(batch: int = 5, keys: int = 700) -> tuple[Any, ...]:
+    return randn(batch, 8, 128), *paged(batch, keys), 0.1
+
+
+def prefill_args(batch: int = 3, tokens: int = 150) -> tuple[Any, ...]:
+    *cache, lengths = paged(batch, tokens)
+    bounds = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * tokens
+    return randn(batch * tokens, 8, 128), *cache, bounds, lengths, tokens, 0.1
+
+
+def lora_args(rows: int, out_dim: int = 520, in_dim: int = 512) -> tuple[Any, ...]:
+    factors = [randn(8, in_dim)], [randn(out_dim, 8)], [0.5]
+    return randn(rows, in_dim), randn(out_dim, in_dim), randn(out_dim), *factors
+
+
 def masked() -> tuple[Tensor, Tensor]:
     return randn(16, 100, dtype=torch.float32), torch.rand(16, 100, device="cuda") < 0.8
 
@@ -84,6 +108,12 @@ CALLS = [
     Call(ops.silu_and_mul, lambda: (randn(33, 2048),)),
     Call(ops.bias_gelu, lambda: (randn(33, 1024), randn(1024), True)),
     Call(ops.rope_and_store_kv, rope_args),
+    Call(ops.decode_attention, decode_args),
+    Call(ops.prefill_attention, prefill_args),
+    Call(ops.skinny_linear, lambda: (randn(5, 512), randn(520, 512))),
+    Call(ops.fused_lora, lambda: lora_args(7), "-few"),
+    Call(ops.fused_lora, lambda: lora_args(40), "-tile64"),
+    Call(ops.fused_lora, lambda: lora_args(200), "-tile128"),
     Call(ops.sample, sample_args),
     Call(ops.gather_unpack, gather_args),
     Call(ops.gae, gae_args),
@@ -189,6 +219,46 @@ def test_gather_of_many_elements() -> None:
     ops.gather_unpack(bucket, plan, [out], *none)
     assert torch.equal(out.view(-1)[-1000:], bucket.view(-1)[-1000:])
     assert torch.equal(out.view(-1)[:1000], bucket.view(-1)[:1000])
+
+
+@pytest.mark.usefixtures("room")
+def test_attention_over_many_cached_elements() -> None:
+    """The last sequence reads the last blocks, past 2^31 elements."""
+    keys = 2**13
+    q, k_cache, v_cache, tables, lengths, scale = decode_args(2**10 + 2, keys)
+    assert k_cache.numel() > 2**31
+    blocks = keys // 16
+    tables[:] = torch.arange(tables.numel(), dtype=torch.int32, device="cuda").view(tables.shape)
+    whole = ops.decode_attention(q, k_cache, v_cache, tables, lengths, scale, num_splits=2)
+    caches = (cache[-blocks:] for cache in (k_cache, v_cache))
+    last = ops.decode_attention(q[-1:], *caches, tables[:1], lengths[-1:], scale, num_splits=2)
+    assert torch.equal(whole[-1:], last)
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize("rows", [1, 16])
+def test_linear_with_many_weights(rows: int) -> None:
+    x, weight = randn(rows, 4096), randn(2**19 + 32, 4096)
+    whole, last = ops.skinny_linear(x, weight)[:, -32:], ops.skinny_linear(x, weight[-32:])
+    torch.testing.assert_close(whole, last, rtol=1e-2, atol=1e-2)  # other sums of the same terms
+
+
+@pytest.mark.usefixtures("room")
+def test_logprobs_of_many_logits() -> None:
+    """2^32 of them, none of which is kept; gradients too."""
+    hidden, weight = randn(2**15, 64), randn(2**17, 64)
+    targets = torch.randint(2**17, (2**15,), device="cuda")
+    few = slice(-200, None)
+    found = last = None
+    for rows in (slice(None), few):
+        part = hidden[rows].clone().requires_grad_()
+        logprobs, entropy = ops.linear_logprob(part, weight, targets[rows])
+        (gradient,) = torch.autograd.grad((logprobs + entropy).sum(), part)
+        found, last = last, (logprobs, entropy, gradient)
+    assert found is not None
+    assert last is not None
+    for whole, alone in zip(found, last, strict=True):
+        torch.testing.assert_close(whole[few], alone, rtol=1e-2, atol=1e-3)
 
 
 def test_tokens_agree_with_the_cpu() -> None:

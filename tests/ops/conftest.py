@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_engine import ops
+from tests.ops.on_device import OnDevice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ILLEGAL_BLOCK = 2**30  # following it leaves the address space of any cache
@@ -30,49 +31,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op: the native kernel of a device, or the naive reference."""
+    """One way to run an op on the CPU: its native kernel, or the naive reference."""
 
     name: str
 
     def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         if self.name == "reference":
             return op.reference(*args, **kwargs)
-        device = "cuda" if self.name == "cuda" else "cpu"
-        if op.implementation(device) != "native":
-            pytest.skip(f"no native {op.name} on {device}: {ops.NATIVE.reason}")
-        if device == "cpu":
-            return op(*args, **kwargs)
-        return self._on_cuda(op, *args, **kwargs)
-
-    def _on_cuda(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """Moves the arguments to the GPU, and results and mutated arguments back."""
-        pairs: list[tuple[Tensor, Tensor]] = []
-
-        def there(x: Any) -> Any:
-            if isinstance(x, list):
-                return [there(item) for item in x]
-            if not isinstance(x, Tensor):
-                return x
-            pairs.append(
-                (x, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda"))
-            )
-            return pairs[-1][1].copy_(x)
-
-        out = op(*map(there, args), **{name: there(x) for name, x in kwargs.items()})
-        for host, device in pairs:
-            host.copy_(device)
-        return tuple(x.cpu() for x in out) if isinstance(out, tuple) else out.cpu()
+        if op.implementation("cpu") != "native":
+            pytest.skip(f"no native {op.name} on the CPU: {ops.NATIVE.reason}")
+        return op(*args, **kwargs)
 
 
 @pytest.fixture(
     params=["native", "reference"]
     + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 )
-def run(request: pytest.FixtureRequest) -> Implementation:
+def run(request: pytest.FixtureRequest) -> Implementation | OnDevice:
     """`run(op, *args)` for each implementation of the op."""
     if request.param == "native" and ops.NATIVE.library is None:
         pytest.skip(f"native only: {ops.NATIVE.reason}")
-    return Implementation(request.param)
+    return OnDevice() if request.param == "cuda" else Implementation(request.param)
 
 
 @pytest.fixture

@@ -21,15 +21,19 @@ class OnDevice:
     Results come back to the CPU, and so does what the op wrote into its arguments.
     """
 
-    def __call__(self, op: Any, *args: Any) -> Any:
-        if op.implementation("cuda") != "native":
-            pytest.fail(f"no native {op.name} on CUDA: {ops.NATIVE.cuda_reason}")
-        moved = _Moved()
+    checked: bool = True  # contents too, with HYBRID_ENGINE_CHECK=1; False: the kernel alone
+    name: str = "cuda"  # the device
+
+    def __call__(self, op: Any, *args: Any, **kwargs: Any) -> Any:
+        if op.implementation(self.name) == "reference":
+            pytest.fail(f"no {op.name} on {self.name}: {ops.NATIVE.cuda_reason}")
+        moved = _Moved(self.name)
         there = [
             arg if (op.name, index) in HOST_ARGUMENTS else moved.to_device(arg)
             for index, arg in enumerate(args)
         ]
-        out = op(*there)
+        named = {name: moved.to_device(arg) for name, arg in kwargs.items()}
+        out = (op if self.checked else op.overload)(*there, **named)
         moved.copy_back()
         if isinstance(out, tuple):
             return tuple(tensor.cpu() for tensor in out)
@@ -38,6 +42,7 @@ class OnDevice:
 
 @dataclass(frozen=True)
 class _Moved:
+    device: str
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # on the host, on the device
 
     def to_device(self, argument: Any) -> Any:
@@ -45,12 +50,14 @@ class _Moved:
             return [self.to_device(item) for item in argument]
         if not isinstance(argument, Tensor):
             return argument
-        storage = argument.untyped_storage().cuda()
-        device = torch.empty(0, dtype=argument.dtype, device="cuda")
-        device.set_(storage, argument.storage_offset(), argument.shape, argument.stride())
-        self.pairs.append((argument, device))
-        return device
+        host = argument.untyped_storage()
+        storage = torch.UntypedStorage(host.nbytes(), device=self.device)
+        storage.copy_(host)
+        there = torch.empty(0, dtype=argument.dtype, device=self.device)
+        there.set_(storage, argument.storage_offset(), argument.shape, argument.stride())
+        self.pairs.append((argument, there))
+        return there
 
     def copy_back(self) -> None:
-        for host, device in self.pairs:
-            host.copy_(device)
+        for host, there in self.pairs:
+            host.copy_(there)
