@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_engine import EngineConfig, HybridEngine, SamplingParams, sequence_seeds
+from hybrid_engine import EngineConfig, HybridEngine, Rollout, SamplingParams, sequence_seeds
 from rlhf import distributed
 from rlhf.data import collate_right, decode_completion, to_completion
 from rlhf.engines import Engine
@@ -60,64 +60,75 @@ def evaluate_policy(
     even = len(prompts) // distributed.world_size() * distributed.world_size()
     seeds = sequence_seeds(list(prompts["input_ids"]), seed)[:even]
     prompts = prompts.select(distributed.share(range(even)))
-    prompt_ids = list(prompts["input_ids"])
     pending = reward.start(list(prompts["prompt"]), _columns(prompts), tokenizer)
+    prompt_ids = list(prompts["input_ids"])
     with policy.for_rollout():
         engine = HybridEngine(policy.module, engine_config)
         rollout = engine.generate(
             prompt_ids, params, seeds=list(distributed.share(seeds)), on_finish=pending.submit
         )
         engine.release()
-    responses = [rollout.response(i) for i in range(len(prompt_ids))]
-    sequences = [[*p, *r] for p, r in zip(prompt_ids, responses, strict=True)]
+    sequences = _sequences(prompt_ids, rollout, int(tokenizer.pad_token_id))
+    of_model = pending.model_scores(*sequences, micro_batch_size=micro_batch_size)
+    scores = pending.scores(of_model, device=rollout.tokens.device).total
+    kl = _kl(
+        reference, sequences, rollout,
+        temperature=temperature or 1.0, micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+    return _measured(rollout, scores, kl, tokenizer, prompts, metric)
+
+
+def _sequences(
+    prompt_ids: list[list[int]], rollout: Rollout, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts with their responses: right-padded ids (B, L), prompt and total lengths (B,)."""
+    joined = [[*prompt, *rollout.response(i)] for i, prompt in enumerate(prompt_ids)]
+    input_ids, lengths = collate_right(joined, pad_id)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompt_ids])
     device = rollout.tokens.device
-    input_ids, lengths = (
-        x.to(device) for x in collate_right(sequences, int(tokenizer.pad_token_id))
-    )
-    prompt_lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
-    of_model = pending.model_scores(
-        input_ids, prompt_lengths, lengths, micro_batch_size=micro_batch_size
-    )
-    scores = pending.scores(of_model, device=device).total
-    kl = [
-        _kl(reference, *part, temperature=temperature or 1.0)
-        for part in zip(
-            *(
-                x.split(micro_batch_size)
-                for x in (input_ids, prompt_lengths, rollout.lengths, rollout.logprobs)
-            ),
-            strict=True,
-        )
-    ]
-    completions = [decode_completion(response, tokenizer) for response in responses]
-    quality, measured = _sum_of_metric(metric, prompts, completions)
-    scored = ~scores.isnan()
-    return PolicyEvaluation(
-        score=distributed.mean(float(scores.nansum()), int(scored.sum())),
-        quality=None if metric is None else distributed.mean(quality, measured),
-        kl=distributed.mean(float(torch.cat(kl).sum()), len(responses)),
-        length=distributed.mean(float(rollout.lengths.sum()), len(responses)),
-        ended=distributed.mean(rollout.finish_reasons.count("stop"), len(responses)),
-        completions=distributed.all_of(completions),
-        scores=distributed.all_of(scores.tolist()),
-        lengths=distributed.all_of(rollout.lengths.tolist()),
-    )
+    return input_ids.to(device), prompt_lengths.to(device), lengths.to(device)
 
 
 def _kl(
     reference: Engine,
-    input_ids: Tensor,
-    prompt_lengths: Tensor,
-    response_lengths: Tensor,
-    logprobs: Tensor,
+    sequences: tuple[Tensor, Tensor, Tensor],
+    rollout: Rollout,
     *,
     temperature: float,
+    micro_batch_size: int,
 ) -> Tensor:
     """(B,) nats: the k1 estimate summed over each response."""
-    ref_logprobs, _ = reference(
-        response_logprobs, input_ids, prompt_lengths, response_lengths, temperature=temperature
+    input_ids, prompt_lengths, _ = sequences
+    columns = (input_ids, prompt_lengths, rollout.lengths, rollout.logprobs)
+    found = []
+    for *micro, logprobs in zip(*(c.split(micro_batch_size) for c in columns), strict=True):
+        ref_logprobs, _ = reference(response_logprobs, *micro, temperature=temperature)
+        found.append(logprobs.sum(1) - ref_logprobs.sum(1))
+    return torch.cat(found)
+
+
+def _measured(
+    rollout: Rollout,
+    scores: Tensor,
+    kl: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    metric: RewardFunction | None,
+) -> PolicyEvaluation:
+    """Means over the prompts of all ranks, from this rank's scores and KL, (B,)."""
+    count = len(prompts)
+    completions = [decode_completion(rollout.response(i), tokenizer) for i in range(count)]
+    quality, judged = _sum_of_metric(metric, prompts, completions)
+    return PolicyEvaluation(
+        score=distributed.mean(float(scores.nansum()), int((~scores.isnan()).sum())),
+        quality=None if metric is None else distributed.mean(quality, judged),
+        kl=distributed.mean(float(kl.sum()), count),
+        length=distributed.mean(float(rollout.lengths.sum()), count),
+        ended=distributed.mean(rollout.finish_reasons.count("stop"), count),
+        completions=distributed.all_of(completions),
+        scores=distributed.all_of(scores.tolist()),
+        lengths=distributed.all_of(rollout.lengths.tolist()),
     )
-    return logprobs.sum(1) - ref_logprobs.sum(1)
 
 
 def _columns(prompts: Dataset) -> dict[str, list[Any]]:
