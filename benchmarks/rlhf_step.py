@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.bench.measure import append_record, machine
+from rlhf.bench.measure import append_record, machine, matmul_rate
 from rlhf.bench.models import step_models
 from rlhf.bench.plain_loop import PlainLoop
 from rlhf.bench.step import OurLoop, measure_steps, ppo_config
@@ -41,7 +41,7 @@ from rlhf.bench.subject import Subject, Workload, load_subject
 from rlhf.bench.tokenizer import word_tokenizer
 from rlhf.config import OptimizerConfig, PPOConfig
 from rlhf.engines import Engines
-from rlhf.plan.shapes import from_config
+from rlhf.plan.shapes import ModelShape, from_config
 
 SAMPLES = 4  # responses to each prompt of the group methods
 Row = dict[str, Any]
@@ -49,17 +49,36 @@ Row = dict[str, Any]
 
 def time_ppo(shape: str, workload: Workload, repeats: int) -> Row:
     subject = load_subject(shape, dtype=torch.float32, device="cpu")
+    rate = matmul_rate("cpu", torch.float32)
     notes: dict[str, str] = {}
     rows = measure_steps(subject, None, workload, ["ours", "hf"], repeats=repeats, notes=notes)
     if notes:
         raise SystemExit(f"not timed: {notes}")
     ours, plain = rows
+    floor = None if workload.natural else step_flops(subject.shape, workload) / rate
     return {
-        "what": f"PPO {shape}", "ours_s": ours["seconds"], "theirs_s": plain["seconds"],
+        "what": f"PPO {shape}, {ours['lengths']} lengths", "matmul_FLOPs": rate, "floor_s": floor,
+        "ours_s": ours["seconds"], "theirs_s": plain["seconds"],
         "spread_s": ours["spread_seconds"], "their_spread_s": plain["spread_seconds"],
         "phases": ours["phases"], "their_phases": plain["phases"],
-        "ratio": plain["seconds"] / ours["seconds"],
+        "tokens_per_s": ours["tokens_per_s"], "their_tokens_per_s": plain["tokens_per_s"],
     }  # fmt: skip
+
+
+def step_flops(shape: ModelShape, workload: Workload) -> float:
+    """What the matrix products of our iteration take, where all lengths are fixed.
+
+    Forward passes are 2 per weight and token, backward ones 4, and the head's logits, of response
+    tokens alone, are computed once more in the backward. Attention is left out.
+    """
+    head = shape.vocab * shape.hidden
+    body = shape.layers * shape.layer_parameters
+    prompt, response = workload.batch * workload.prompt_tokens, workload.batch * workload.new_tokens
+    tokens = prompt + response
+    rollout = 2 * body * tokens + 2 * head * response
+    score = 2 * (3 * body * tokens + head * response)  # reference, critic, reward model
+    update = 6 * body * tokens + 8 * head * response + 6 * body * tokens  # actor, critic
+    return rollout + score + update
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -140,12 +159,14 @@ def time_trl(algorithm: str, shape: str, workload: Workload, repeats: int) -> Ro
     prompts = Workload(count, workload.prompt_tokens).prompts(len(tokenizer))
     ours = _our_group_steps(algorithm, shape, tokenizer, prompts, workload, repeats)
     theirs = _trl_steps(algorithm, shape, tokenizer, prompts, workload, repeats)
-    row = {
-        "what": f"{algorithm.upper()} {shape}", "ours_s": statistics.median(ours),
-        "theirs_s": statistics.median(theirs), "spread_s": max(ours) - min(ours),
-        "their_spread_s": max(theirs) - min(theirs),
+    tokens = workload.batch * (workload.prompt_tokens + workload.new_tokens)
+    seconds, their_seconds = statistics.median(ours), statistics.median(theirs)
+    return {
+        "what": f"{algorithm.upper()} {shape}", "floor_s": None, "ours_s": seconds,
+        "theirs_s": their_seconds, "spread_s": max(ours) - min(ours),
+        "their_spread_s": max(theirs) - min(theirs), "tokens_per_s": tokens / seconds,
+        "their_tokens_per_s": tokens / their_seconds,
     }  # fmt: skip
-    return {**row, "ratio": row["theirs_s"] / row["ours_s"]}
 
 
 def _our_group_steps(
@@ -234,18 +255,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     workload = Workload(arguments.batch, arguments.prompt_tokens, arguments.new_tokens)
-    tokens = arguments.batch * (arguments.prompt_tokens + arguments.new_tokens)
-    timed = [time_ppo(shape, workload, arguments.repeats) for shape in arguments.shapes]
+    timed = [
+        time_ppo(shape, replace(workload, natural=natural), arguments.repeats)
+        for shape in arguments.shapes
+        for natural in (False, True)
+    ]
     for algorithm in arguments.peers if arguments.peers != ["none"] else []:
         for shape in arguments.shapes:
             timed.append(time_trl(algorithm, shape, workload, arguments.repeats))
     memory = [measure_memory(int(size), workload) for size in arguments.memory if size != "none"]
     for row in timed:
-        row["tokens_per_s"], row["their_tokens_per_s"] = (
-            tokens / row[name] for name in ("ours_s", "theirs_s")
-        )
+        row["ratio"] = row["tokens_per_s"] / row["their_tokens_per_s"]
+        row["floor"] = "" if row["floor_s"] is None else f"{row['floor_s']:.2f}"
     show(timed, "iterations: PPO against the plain way, the others against TRL", {
-        "s": "{ours_s:.2f} +- {spread_s:.2f}", "their s": "{theirs_s:.2f} +- {their_spread_s:.2f}",
+        "floor s": "{floor}", "s": "{ours_s:.2f} +- {spread_s:.2f}",
+        "their s": "{theirs_s:.2f} +- {their_spread_s:.2f}",
         "tokens/s": "{tokens_per_s:.0f}", "their tokens/s": "{their_tokens_per_s:.0f}",
         "ratio": "{ratio:.2f}x",
     })  # fmt: skip

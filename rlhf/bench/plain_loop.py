@@ -40,7 +40,7 @@ def full_logprobs(
 
 
 class PlainLoop:
-    """One iteration on a batch of prompts; `phases` has the seconds of the last."""
+    """Iterations on a batch of prompts; of the last, `phases` has the seconds."""
 
     def __init__(
         self, models: StepModels, rollout_of: Callable[[TrainingEngine], Rollout], engines: Any,
@@ -64,6 +64,7 @@ class PlainLoop:
         self._reference = engines.frozen(reference, role="reference")
         self._reward = engines.frozen(models.reward, role="reward")
         self.phases: dict[str, float] = {}
+        self.tokens = 0
 
     def iterate(self, prompts: list[list[int]]) -> None:
         self._watch = Stopwatch()
@@ -82,6 +83,7 @@ class PlainLoop:
         rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, answer.tokens, strict=True)]
         flipped, mask = pad_left([row[::-1] for row in rows], device)  # left of the flip is right
         input_ids, totals = flipped.flip(1), mask.sum(1)
+        self.tokens = int(totals.sum())
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         lengths = totals - prompt_lengths
         parts = torch.arange(len(rows), device=device).split(self._config.micro_batch_size)

@@ -32,9 +32,10 @@ MICRO_BATCH = 8
 
 
 class Loop(Protocol):
-    """A trainer: iterations, and where their seconds went."""
+    """A trainer: iterations; of the last one, where its seconds went and the tokens it had."""
 
     phases: dict[str, float]
+    tokens: int  # of prompts and responses, on this rank
 
     def iterate(self, prompts: list[list[int]]) -> None: ...
 
@@ -55,6 +56,7 @@ class OurLoop:
         self._engine = RLHFEngine(actor, models.critic, models.reward, tokenizer)
         self._trainer = PPOTrainer(self._engine, config)
         self.phases: dict[str, float] = {}
+        self.tokens = 0
         self.gap: tuple[float, float] | None = None
 
     def generate(self, request: Request) -> Answer:
@@ -68,7 +70,9 @@ class OurLoop:
         return Answer([rollout.response(i) for i in range(len(request.prompts))])
 
     def iterate(self, prompts: list[list[int]]) -> None:
-        self._trainer.train_rlhf(self._trainer.generate_experience(prompts))
+        experience = self._trainer.generate_experience(prompts)
+        self._trainer.train_rlhf(experience)
+        self.tokens = int(experience.lengths.sum()) // distributed.world_size()  # it has all ranks'
         metrics = self._trainer.metrics
         self.phases = {name: metrics[f"timing_s/{name}"] for name in PHASES}
         key = "sampling/logp_difference"
@@ -85,6 +89,7 @@ class Timed:
 
     def __post_init__(self) -> None:
         self.phases: list[dict[str, float]] = []
+        self.tokens: list[float] = []  # of all ranks
 
     def __call__(self) -> None:
         on_gpu = torch.cuda.is_available()
@@ -92,6 +97,7 @@ class Timed:
             torch.cuda.reset_peak_memory_stats()
         self.loop.iterate(self.prompts)
         self.phases.append(dict(self.loop.phases))
+        self.tokens += distributed.total(self.loop.tokens)
         if on_gpu:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
         distributed.barrier()
@@ -129,6 +135,7 @@ def measure_steps(
         laps = timed[name].phases[-repeats:]
         shares = {p: statistics.median(lap[p] / sum(lap.values()) for lap in laps) for p in PHASES}
         phases = {p: timing.median * shares[p] / sum(shares.values()) for p in PHASES}
+        rates = [n / t for n, t in zip(timed[name].tokens[-repeats:], timing.seconds, strict=True)]
         gap = getattr(timed[name].loop, "gap", None)
         rows.append({
             "model": subject.name, "critic": critic or subject.name, "peer": name,
@@ -138,6 +145,7 @@ def measure_steps(
             "lengths": "natural" if workload.natural else "fixed", "lora": lora,
             "seconds": timing.median, "spread_seconds": timing.spread, "phases": phases,
             **{f"share_{p}": 100 * phases[p] / sum(phases.values()) for p in PHASES},
+            "tokens_per_s": statistics.median(rates),
             "sequences_per_s": workload.batch / timing.median,
             "peak_GB": timed[name].peak_bytes / 1e9 or None,
             "logprob_gap_mean": gap and gap[0], "logprob_gap_max": gap and gap[1],
