@@ -1,19 +1,12 @@
 """Checkpoints of a training step: all that it takes to go on as if nothing had happened.
 
-A checkpoint is a folder `step-<n>`. Every rank writes its part into `step-<n>.unfinished`; when all
-parts are on the disk the first rank renames it. So whatever is killed, and whenever, each folder
-without a suffix is whole.
+A checkpoint is a folder `step-<n>`, which the ranks write together (`rlhf.manifest`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import random
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +15,15 @@ import torch
 
 from rlhf import distributed
 from rlhf.config import CheckpointConfig
+from rlhf.manifest import (
+    read_manifest,
+    remove,
+    remove_leftovers,
+    step_folder,
+    steps_in,
+    written_together,
+)
 
-MANIFEST = "manifest.json"
 STATE = "state.pt"
 
 
@@ -85,88 +85,49 @@ class Checkpoints:
         if self._every and (step % self._every == 0 or step == last):
             self._save(step)
 
+    def steps(self) -> list[int]:
+        """After which there are whole checkpoints, in order."""
+        return steps_in(self._folder)
+
     def _save(self, step: int) -> None:
-        final = self._folder / f"step-{step:08d}"
-        unfinished = final.with_suffix(".unfinished")
-        if distributed.is_first():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            for name in self._engines:
-                (unfinished / name).mkdir()
-        distributed.barrier()
-        with _full_disk_is_an_os_error(unfinished):
+        with written_together(step_folder(self._folder, step), *self._engines, step=step) as folder:
             for name, engine in self._engines.items():
-                engine.save(unfinished / name)
-            torch.save(random_state(), unfinished / _random_file())
+                engine.save(folder / name)
+            torch.save(random_state(), folder / _random_file())
             if distributed.is_first():
                 states = {name: part.state_dict() for name, part in self._states.items()}
-                torch.save(states, unfinished / STATE)
-        distributed.barrier()
-        _sync_files(unfinished)
-        distributed.barrier()
+                torch.save(states, folder / STATE)
         if distributed.is_first():
-            self._finish(unfinished, final, step)
+            for old in self.steps()[: -self._keep]:
+                remove(step_folder(self._folder, old))
         distributed.barrier()
-
-    def _finish(self, unfinished: Path, final: Path, step: int) -> None:
-        files = {
-            str(path.relative_to(unfinished)): path.stat().st_size
-            for path in sorted(unfinished.rglob("*"))
-            if path.is_file()
-        }
-        manifest = {"step": step, "ranks": distributed.world_size(), "files": files}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sync_files(unfinished)
-        if final.exists():  # of the run that this one resumed from an earlier step
-            _remove(final)
-        os.replace(unfinished, final)
-        _sync(self._folder)
-        for old in self._finished()[: -self._keep]:
-            _remove(old)
 
     def _newest(self) -> Path | None:
-        for leftover in (*self._folder.glob("*.unfinished"), *self._folder.glob("*.removed")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(self._folder)
         self.refuse_unfinished()
-        finished = self._finished()
-        return finished[-1] if finished else None
+        steps = self.steps()
+        return step_folder(self._folder, steps[-1]) if steps else None
 
     def refuse_unfinished(self) -> None:
         """Raises ValueError where a run did not end and this one does not go on with it."""
-        finished = self._finished()
-        if finished and not self._resume:
+        steps = self.steps()
+        if steps and not self._resume:
             raise ValueError(
                 f"{self._folder} has checkpoints of a run that did not end: give --resume to go on "
-                f"from {finished[-1].name}, or remove that folder to start anew"
+                f"from {step_folder(self._folder, steps[-1]).name}, or remove that folder to start "
+                "anew"
             )
-
-    def _finished(self) -> list[Path]:
-        """Folders of whole checkpoints, the oldest first."""
-        return sorted(p for p in self._folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
 
     def _check(self, folder: Path) -> int:
         """The step of a checkpoint; ValueError if it is not as it was written."""
         advice = f"remove {folder} to resume from the checkpoint before it, or to start anew"
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            step, files = int(manifest["step"]), manifest["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} is no checkpoint of rlhf ({error}); {advice}") from error
-        for name, size in files.items():
-            path = folder / name
-            found = path.stat().st_size if path.exists() else None
-            if found != size:
-                raise ValueError(
-                    f"the checkpoint is torn: {path} "
-                    + ("is missing" if found is None else f"has {found} bytes, {size} expected")
-                    + f"; {advice}"
-                )
-        if missing := {*self._engines} - {name.split("/")[0] for name in files}:
+        manifest = read_manifest(folder, advice=advice)
+        if missing := {*self._engines} - {name.split("/")[0] for name in manifest["files"]}:
             raise ValueError(
                 f"{folder} is a checkpoint of another training step: it has no {min(missing)}; "
                 f"{advice}"
             )
-        return step
+        return manifest["step"]
 
 
 def random_state() -> dict[str, Any]:
@@ -192,39 +153,5 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-@contextlib.contextmanager
-def _full_disk_is_an_os_error(folder: Path) -> Iterator[None]:
-    """torch.save raises RuntimeError."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
-            raise
-        raise OSError(f"cannot write the checkpoint {folder}: {error}") from error
-
-
 def _random_file() -> str:
     return f"random_{distributed.rank()}.pt"
-
-
-def _sync_files(folder: Path) -> None:
-    for path in (folder, *folder.rglob("*")):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    """At once under its name; removing the files takes time, and could be interrupted."""
-    removed = folder.with_suffix(".removed")
-    os.replace(folder, removed)
-    shutil.rmtree(removed, ignore_errors=True)

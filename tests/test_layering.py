@@ -36,6 +36,7 @@ FLOORS = [
         "rlhf.experience",
         "rlhf.plan",
     ],
+    ["rlhf.manifest"],
     ["rlhf.data", "rlhf.models", "rlhf.engines", "rlhf.checkpoint", "rlhf.tracking"],
     ["rlhf.rewards"],
     ["rlhf.trainers"],

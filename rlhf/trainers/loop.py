@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,14 @@ from rlhf import distributed
 from rlhf.checkpoint import Checkpoints
 from rlhf.data import RowBatches
 from rlhf.engines import TrainingEngine
+from rlhf.manifest import (
+    read_manifest,
+    remove,
+    remove_leftovers,
+    step_folder,
+    steps_in,
+    written_together,
+)
 from rlhf.tracking import ProgressBar, Tracker
 
 Metrics = dict[str, float]
@@ -26,13 +34,27 @@ def best_folder(folder: Path, step: str) -> Path:
 
 
 class BestWeights:
-    """What the engine was when the held-out loss was lowest, on disk until the model is saved."""
+    """What the engine was when the held-out loss was lowest, on disk until the model is saved.
 
-    def __init__(self, engine: TrainingEngine, folder: Path) -> None:
+    An older best stays as long as there is a checkpoint from which it was the best.
+    """
+
+    def __init__(
+        self, engine: TrainingEngine, folder: Path, checkpoints: Checkpoints | None = None
+    ) -> None:
         self.step = 0  # of the best evaluation, 0: none yet
         self.metrics: Metrics = {}
+        self._is_written = False  # else the engine has them
         self._engine = engine
         self._folder = folder
+        self._checkpoints = checkpoints
+
+    def begin(self, done: int) -> None:
+        """After so many steps: what another run wrote later, this one does not know."""
+        if distributed.is_first():
+            remove_leftovers(self._folder)
+            self._remove(step for step in steps_in(self._folder) if step > done)
+        distributed.barrier()
 
     def offer(self, step: int, metrics: Metrics, *, last: bool, keep: bool) -> None:
         """Keep the weights of this evaluation if they are better; without `keep`, only the last."""
@@ -40,17 +62,19 @@ class BestWeights:
         if not (better if keep else last):
             return
         self.step, self.metrics = step, {**metrics, "eval/step": float(step)}
+        self._is_written = not last
         if last:  # the engine has them
             return
+        with written_together(step_folder(self._folder, step), step=step) as folder:
+            self._engine.save(folder)
         if distributed.is_first():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._remove({*steps_in(self._folder)} - {step, *self._of_checkpoints()})
         distributed.barrier()
-        self._engine.save(self._folder)
 
-    def take_back(self, last_step: int) -> None:
+    def take_back(self) -> None:
         """Give the engine its best weights again. They stay on disk: saving them may yet fail."""
-        if self.step and self.step != last_step:
-            self._engine.load(self._folder)
+        if self._is_written:
+            self._engine.load(step_folder(self._folder, self.step))
         distributed.barrier()
 
     def forget(self) -> None:
@@ -59,10 +83,29 @@ class BestWeights:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "metrics": self.metrics}
+        return {"step": self.step, "metrics": self.metrics, "is_written": self._is_written}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the weights on disk are not those that were written."""
         self.step, self.metrics = state["step"], state["metrics"]
+        self._is_written = state["is_written"]
+        if self._is_written:
+            distributed.decided_by_first(self._check)
+
+    def _check(self) -> None:
+        folder = step_folder(self._folder, self.step)
+        advice = "it has the best weights so far; remove this step's checkpoints to start anew"
+        if read_manifest(folder, advice=advice)["step"] != self.step:
+            raise ValueError(f"{folder} is of another step; {advice}")
+
+    def _of_checkpoints(self) -> Iterator[int]:
+        """The steps that were the best when the checkpoints there are were written."""
+        for checkpoint in self._checkpoints.steps() if self._checkpoints else ():
+            yield max((n for n in steps_in(self._folder) if n <= checkpoint), default=0)
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            remove(step_folder(self._folder, step))
 
 
 class Schedule(Protocol):
@@ -100,10 +143,11 @@ def train_epochs(
     """
     steps = len(batches) * schedule.epochs
     every = schedule.eval_steps or len(batches)
-    best = BestWeights(engine, best_folder(tracker.folder, tracker.name))
+    best = BestWeights(engine, best_folder(tracker.folder, tracker.name), checkpoints)
     done = 0
     if checkpoints is not None:
         done = checkpoints.begin({"model": engine}, {"data": batches, "best": best})
+    best.begin(done)
     tracker.rewind(done)
     with ProgressBar(tracker.name, steps, console, done=done) as bar:
         for step in range(done + 1, steps + 1):
@@ -121,7 +165,7 @@ def train_epochs(
             bar.advance(tokens=sum(lengths[i] for i in indices), **watched)
             if checkpoints is not None:
                 checkpoints.after(step, last=steps)
-    best.take_back(steps)
+    best.take_back()
     if checkpoints is None:
         best.forget()
     return best.metrics

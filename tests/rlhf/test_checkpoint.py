@@ -100,18 +100,91 @@ def test_a_run_refuses_before_it_touches_anything(tmp_path: Path) -> None:
     Progress(tmp_path, CheckpointConfig(), resume=True).begin("sft", "reward", "ppo")
 
 
-def test_best_weights_outlive_a_model_that_could_not_be_saved(tmp_path: Path) -> None:
-    def best(part: Part) -> BestWeights:
-        return BestWeights(part, best_folder(tmp_path, "sft"))  # type: ignore[arg-type]
+def best_of(folder: Path, part: Part, saved: Checkpoints | None = None) -> BestWeights:
+    return BestWeights(part, best_folder(folder, "sft"), saved)  # type: ignore[arg-type]
 
-    first = best(part := Part(1))
-    first.offer(1, {"eval/loss": 1.0}, last=False, keep=True)
-    for weights in (first, best(again := Part(3))):
-        weights.load_state_dict({"step": 1, "metrics": {"eval/loss": 1.0}})
-        weights.take_back(3)
+
+def offer(best: BestWeights, step: int, loss: float, *, last: bool = False) -> None:
+    best.offer(step, {"eval/loss": loss}, last=last, keep=True)
+
+
+def test_best_weights_outlive_a_model_that_could_not_be_saved(tmp_path: Path) -> None:
+    first = best_of(tmp_path, part := Part(1))
+    offer(first, 1, 1.0)
+    second = best_of(tmp_path, again := Part(3))
+    second.load_state_dict(first.state_dict())
+    for weights in (first, second):
+        weights.take_back()
     assert part.value == again.value == 1
     first.forget()
     assert not best_folder(tmp_path, "sft").exists()
+
+
+def test_the_last_weights_are_the_best_without_being_written(tmp_path: Path) -> None:
+    best = best_of(tmp_path, part := Part(1))
+    offer(best, 1, 1.0)
+    part.value = 2
+    offer(best, 2, 0.5, last=True)
+    best.take_back()
+    assert part.value == 2
+    assert best.metrics == {"eval/loss": 0.5, "eval/step": 2.0}
+
+
+def bests(folder: Path) -> list[int]:
+    return [int(name[5:]) for name in names(best_folder(folder, "sft"))]
+
+
+def test_each_checkpoint_has_the_best_weights_of_its_time(tmp_path: Path) -> None:
+    """Better ones that came later, of a run that was killed then, are not taken for them."""
+    saved = checkpoints(tmp_path / "checkpoints", every=2)
+    best = best_of(tmp_path, part := Part(0), saved)
+    best.begin(saved.begin({"engine": part}, {"best": best}))
+    for step, kept in ((1, [1]), (2, [2]), (3, [2, 3]), (4, [2, 4]), (5, [2, 4, 5])):
+        part.value = step
+        offer(best, step, 1 / step)
+        assert bests(tmp_path) == kept
+        saved.after(step, last=10)
+    for checkpoint in (4, 2):
+        again = checkpoints(tmp_path / "checkpoints", every=2, resume=True)
+        best = best_of(tmp_path, part := Part(0), again)
+        assert again.begin({"engine": part}, {"best": best}) == checkpoint
+        best.begin(checkpoint)
+        assert bests(tmp_path)[-1] == checkpoint
+        part.value = -1
+        best.take_back()
+        assert part.value == checkpoint
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-{checkpoint:08d}")
+
+
+def test_best_weights_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    """Nor what killed writing of them left."""
+    offer(best_of(tmp_path, Part(7)), 7, 0.1)
+    (best_folder(tmp_path, "sft") / "step-00000009.unfinished").mkdir()
+    best = best_of(tmp_path, Part(1))
+    best.begin(0)
+    assert names(best_folder(tmp_path, "sft")) == []
+    offer(best, 1, 1.0)
+    assert bests(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("how", ["torn", "missing", "no manifest", "foreign manifest", "renamed"])
+def test_damaged_best_weights_are_told_when_resuming(tmp_path: Path, how: str) -> None:
+    best = best_of(tmp_path, Part(1))
+    offer(best, 1, 1.0)
+    folder = best_folder(tmp_path, "sft") / "step-00000001"
+    if how == "torn":
+        (folder / "part").write_text("")
+    elif how == "missing":
+        shutil.rmtree(folder)
+    elif how == "renamed":
+        offer(best, 2, 0.5)
+        (folder.parent / "step-00000002").rename(folder)
+        best.step = 1
+    else:
+        damage(folder, how)
+    with pytest.raises(ValueError, match=r"step-00000001.*best weights so far; remove") as error:
+        best_of(tmp_path, Part(0)).load_state_dict(best.state_dict())
+    assert "\n" not in str(error.value)
 
 
 def test_nothing_to_resume_is_a_start(tmp_path: Path) -> None:
