@@ -14,16 +14,15 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from rlhf.cli.main import main
 from rlhf.data import train_tokenizer
 from rlhf.models import build_causal_lm
+from tests.rlhf.tiny import LLAMA, write_config
 
 Builder = Callable[..., nn.Module]
 
 INIT: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    },
+    "llama": LLAMA,
     "opt": {
         "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 128,
@@ -41,7 +40,7 @@ def causal_lm(tokenizer: PreTrainedTokenizerFast) -> Builder:
     """A random causal language model whose hidden states depend on every token before."""
 
     def build(family: str = "llama", *, seed: int = 0, **options: Any) -> nn.Module:
-        init = {"model_type": family, **INIT[family], **options}
+        init = {**INIT[family], "model_type": family, **options}
         return _scramble(build_causal_lm(init, tokenizer, dtype=torch.float32), seed)
 
     return build
@@ -96,3 +95,24 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+@pytest.fixture
+def rlhf(config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Run a step of the tiny configuration; the exit code and what it said on stderr."""
+
+    def run(step: str, *arguments: str) -> tuple[int, str]:
+        command = [step, "--config", str(config_file), "--output_dir", str(tmp_path / "out")]
+        capfd.readouterr()
+        try:
+            code = main([*command, *arguments])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return code, capfd.readouterr().err
+
+    return run

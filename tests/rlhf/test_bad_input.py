@@ -18,17 +18,9 @@ from rlhf.config import DataConfig, ModelConfig, RewardConfig, RunConfig, SFTCon
 from rlhf.data import load_tokenizer
 from rlhf.models import load_scorer, sequence_scores
 from rlhf.pipeline import Pipeline
+from tests.rlhf.tiny import LLAMA, write_rows
 
 WORDS = ["yes", "no", "say", "Human", "Assistant", ":", *map(str, range(60))]
-LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def pairs(chosen: str, rejected: str) -> list[dict[str, str]]:
@@ -57,7 +49,7 @@ def pipeline(tmp_path: Path, **sections: Any) -> Pipeline:
 
 
 def test_all_pairs_equal(tmp_path: Path) -> None:
-    data = DataConfig(name=write(tmp_path / "pairs.jsonl", pairs("yes", "yes")))
+    data = DataConfig(name=write_rows(tmp_path / "pairs.jsonl", pairs("yes", "yes")))
     base = base_model(tmp_path / "base", eos_token="<end>")
     with pytest.raises(ValueError, match=r"nothing to learn from: in all its 60 rows .* the same"):
         pipeline(tmp_path, reward=RewardConfig(data=data, model_path=base)).reward()
@@ -66,7 +58,7 @@ def test_all_pairs_equal(tmp_path: Path) -> None:
 def test_some_completions_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Skipped and counted."""
     rows = [*pairs("yes", "no"), {"prompt": "say 1", "chosen": "", "rejected": "no"}]
-    data = DataConfig(name=write(tmp_path / "pairs.jsonl", rows), heldout_fraction=0.2)
+    data = DataConfig(name=write_rows(tmp_path / "pairs.jsonl", rows), heldout_fraction=0.2)
     base = base_model(tmp_path / "base", eos_token="<end>")
     with caplog.at_level(logging.WARNING, logger="rlhf"):
         pipeline(tmp_path, sft=SFTConfig(data=data), model=ModelConfig(path=base)).sft()
@@ -75,7 +67,7 @@ def test_some_completions_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 def test_a_tokenizer_without_eos(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
-    data = DataConfig(name=write(tmp_path / "pairs.jsonl", pairs("yes", "no")))
+    data = DataConfig(name=write_rows(tmp_path / "pairs.jsonl", pairs("yes", "no")))
     with pytest.raises(ValueError, match=r"no EOS token.*model\.eos_token"):
         pipeline(tmp_path, sft=SFTConfig(data=data), model=ModelConfig(path=base)).sft()
     told = ModelConfig(path=base, eos_token="<end>")
@@ -87,7 +79,7 @@ def test_a_base_without_padding_becomes_a_reward_model(tmp_path: Path) -> None:
     """It gets a padding token; anyone who loads it reads the same scores from a padded batch."""
     base = base_model(tmp_path / "base", eos_token="<end>")
     data = DataConfig(
-        name=write(tmp_path / "pairs.jsonl", pairs("yes", "no")), heldout_fraction=0.2
+        name=write_rows(tmp_path / "pairs.jsonl", pairs("yes", "no")), heldout_fraction=0.2
     )
     pipeline(
         tmp_path, reward=RewardConfig(data=data, model_path=base, batch_size=8), sft=SFTConfig(data)

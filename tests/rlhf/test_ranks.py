@@ -8,29 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from rlhf.cli.main import main
 from rlhf.cli.ranks import VARIABLES, without_local_rank
+from tests.rlhf.tiny import TINY, write_config
 
-LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
-TINY: dict[str, Any] = {
-    "model": {"init": LLAMA, "vocab_size": 280},
-    "sft": {"data": {"rows": 16, "heldout_rows": 8, "max_length": 120}, "batch_size": 8},
-    "reward": {"data": {"rows": 16, "heldout_rows": 8, "max_length": 120}, "batch_size": 8},
-    "ppo": {
-        "data": {"rows": 16, "heldout_rows": 8, "max_length": 100}, "iterations": 4,
-        "batch_size": 4, "max_new_tokens": 6,
-    },
-    "evaluation": {"prompts": 4, "samples": 2, "compare_hf_generate": False},
-    "checkpoint": {"every_iterations": 1},
-}  # fmt: skip
 REWARDS = '''
 """Reward functions that go wrong in a process of their own."""
 import os, signal, time
@@ -56,9 +40,14 @@ counts.calls = 0
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a configuration, reward functions, and the SFT model that PPO starts from."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    config = write_config(
+        folder,
+        ppo={**TINY["ppo"], "iterations": 4},
+        evaluation={"prompts": 4, "samples": 2, "compare_hf_generate": False},
+        checkpoint={"every_iterations": 1},
+    )
     (folder / "rewards.py").write_text(REWARDS)
-    assert main(["sft", "--config", str(folder / "tiny.yaml"), "--output_dir", str(folder)]) == 0
+    assert main(["sft", "--config", str(config), "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -122,8 +111,7 @@ def test_a_launcher_without_its_variables(
     for name in VARIABLES:
         monkeypatch.setenv(name, values.get(name, "29500"))
     monkeypatch.delenv(missing)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    assert main(["sft", "--config", str(tmp_path / "tiny.yaml")]) == 2
+    assert main(["sft", "--config", str(write_config(tmp_path))]) == 2
     assert f"but not {missing}: start several processes with torchrun" in capsys.readouterr().err
 
 

@@ -24,11 +24,8 @@ from rlhf.data import encode_preferences, load_rows, train_tokenizer
 from rlhf.models import build_causal_lm, save_model
 from rlhf.pipeline import Pipeline
 from rlhf.rewards import Reward
+from tests.rlhf.tiny import LLAMA
 
-LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"

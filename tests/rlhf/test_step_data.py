@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from rlhf.config import (
 from rlhf.data import encode_preferences, load_rows
 from rlhf.models import build_causal_lm, check_positions, load_scorer, save_model, sequence_scores
 from rlhf.pipeline import Pipeline
+from tests.rlhf.tiny import write_rows
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
@@ -60,8 +60,7 @@ def pairs(path: Path, *, words: int) -> str:
         {"prompt": f"{i} " + "x " * words, "chosen": f"yes {i}", "rejected": "no"}
         for i in range(40)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_rows(path, rows)
 
 
 def pipeline(tmp_path: Path, **sections: Any) -> Pipeline:
@@ -142,15 +141,14 @@ def test_what_the_reward_model_is_normalised_on(
     data = DataConfig(
         name=pairs(tmp_path / "pairs.jsonl", words=1), heldout_fraction=0.2, max_length=64
     )
-    given = tmp_path / "given.jsonl"
-    given.write_text("".join(f'{{"prompt": "a{i} ", "completion": "b"}}\n' for i in range(40)))
-    sft = DataConfig(name=str(given), heldout_fraction=0.2)
+    rows = [{"prompt": f"a{i} ", "completion": "b"} for i in range(40)]
+    sft = DataConfig(name=write_rows(tmp_path / "given.jsonl", rows), heldout_fraction=0.2)
     sections = {"sft": SFTConfig(data=sft)} if demonstrations else {}
     reward = RewardConfig(data=data, model_path=base("llama"), batch_size=8)
     pipeline(tmp_path, reward=reward, **sections).reward()
     model = load_scorer(str(tmp_path / "out" / "reward"), tokenizer, dtype=torch.float32).eval()
-    rows = load_rows(data.name, purpose="preferences", heldout_fraction=0.2)
-    chosen = encode_preferences(rows, tokenizer, max_length=64)["chosen_ids"]
+    found = load_rows(data.name, purpose="preferences", heldout_fraction=0.2)
+    chosen = encode_preferences(found, tokenizer, max_length=64)["chosen_ids"]
     with torch.no_grad():
         scores = torch.cat(
             [
