@@ -7,7 +7,7 @@
 #   generate  rollouts against the peers that are installed: 1.3B, 1B, 7B; short, long, natural
 #   step      PPO iterations of OPT-1.3B + 350M against the plain HF loop
 #   memory    the largest models that train on this GPU, with LoRA
-#   all       build, test and ops: what checks the kernels
+#   all       build, test and ops in short: what checks the kernels
 # Each ends inside ten minutes; a part that fails does not stop the others. Leaves a log of each
 # part, JSON records, plots and PHASE.summary.json in FOLDER. No network. PYTHON and CUDA_HOME choose
 # the tools. Exits with 0 if all went well, with 1 if a part failed, and with 3 without a GPU, where
@@ -29,7 +29,8 @@ trap 'rm -rf "$scratch"' EXIT
 python=${PYTHON:-python3}
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/nvcc}
 nvcc=${nvcc:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
-families="norm activation rope sampling gather advantage"
+sanitizer=$(command -v compute-sanitizer || echo "$(dirname "$nvcc")/compute-sanitizer")
+families="norm activation rope attention linear sampling gather advantage"
 target=native
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HYBRID_ENGINE_NATIVE=require
 parts=()
@@ -59,25 +60,34 @@ build_driver() {
   local sources=()
   for family in $families; do sources+=("csrc/cuda/$family.cu"); done
   "$nvcc" -std=c++17 -O2 -lineinfo -arch="$target" --threads 0 -DHE_DEVICE=cuda -Icsrc \
-    "${sources[@]}" tests/cuda/memory_check.cu -o "$scratch/memory_check"
+    "${sources[@]}" tests/cuda/memory_check{,_model}.cu -o "$scratch/memory_check"
 }
 
-# Every tool over every family; racecheck is slow, so it gets small shapes.
+# sanitize TOOL...: each over every family; racecheck is slow, so it gets small shapes.
 sanitize() {
   local status=0 tool family
+  if [[ ! -x $sanitizer ]]; then
+    echo "no compute-sanitizer on PATH or beside nvcc: install it with the CUDA toolkit"
+    return 1
+  fi
   build_driver || return
-  for tool in memcheck synccheck racecheck; do
+  for tool in "$@"; do
     for family in $families; do
       echo "== $tool $family"
-      compute-sanitizer --tool $tool --error-exitcode 9 "$scratch/memory_check" "$family" \
+      "$sanitizer" --tool "$tool" --error-exitcode 9 "$scratch/memory_check" "$family" \
         $([[ $tool == racecheck ]] && echo quick) || status=1
     done
   done
   return $status
 }
 
-export -f build_library build_driver sanitize
-export python nvcc families target scratch
+# Also where some module that a test imports is missing: the other tests run.
+run_tests() {
+  "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors
+}
+
+export -f build_library build_driver sanitize run_tests
+export python nvcc sanitizer families target scratch
 
 finish() {
   local joined
@@ -99,26 +109,32 @@ run_build() {
 }
 
 run_test() {
-  part tests 300 "$python" -m pytest -m gpu -q -p no:cacheprovider
-  part sanitizer 200 sanitize
+  part tests 300 run_tests
+  part sanitizer 250 sanitize memcheck synccheck racecheck
 }
 
 run_ops() {
   part ops 400 "$python" -m benchmarks.gpu.ops "$out/ops.json"
 }
 
+# The peers that compile or load for long have a part of their own: one that runs out of time takes
+# only its own figures along.
 run_generate() {
-  local peers=hf,hf-compile,hf-cb,vllm,deepspeed-he,ours
-  bench generate-opt-1.3b 170 generate --model opt-1.3b --prompt 256 --new_tokens 128 \
-    --batch 1,8,32,128 --peers $peers --repeats 3
-  bench generate-llama-1b 120 generate --model llama-3.2-1b --prompt 256 --new_tokens 128 \
-    --batch 1,32 --peers $peers --repeats 3
-  bench generate-llama-7b 130 generate --model llama-2-7b --prompt 256 --new_tokens 128 \
-    --batch 1,32 --peers hf,ours --repeats 3
-  bench generate-long 90 generate --model opt-1.3b --prompt 1024 --new_tokens 1024 \
-    --batch 8 --peers hf,ours --repeats 1
-  bench generate-natural 60 generate --model opt-1.3b --prompt 256 --new_tokens 256 \
-    --batch 64 --lengths natural --peers hf,ours --repeats 3
+  local shape="--prompt 256 --new_tokens 128"
+  bench generate-opt-1.3b 110 generate --model opt-1.3b $shape --batch 1,8,32,128 \
+    --peers hf,ours --repeats 3
+  bench generate-opt-1.3b-compiled 120 generate --model opt-1.3b $shape --batch 1,32 \
+    --peers hf-compile,ours --repeats 3
+  bench generate-opt-1.3b-others 80 generate --model opt-1.3b $shape --batch 1,32 \
+    --peers hf-cb,vllm,deepspeed-he,ours --repeats 2
+  bench generate-llama-1b 50 generate --model llama-3.2-1b $shape --batch 1,32,128 \
+    --peers hf,ours --repeats 2
+  bench generate-llama-7b 60 generate --model llama-2-7b $shape --batch 1,32 \
+    --peers hf,ours --repeats 2
+  bench generate-long 80 generate --model opt-1.3b --prompt 1024 --new_tokens 1024 --batch 8 \
+    --peers hf,ours --repeats 1
+  bench generate-natural 45 generate --model opt-1.3b --prompt 256 --new_tokens 256 --batch 64 \
+    --lengths natural --peers hf,ours --repeats 2
 }
 
 run_step() {
@@ -140,9 +156,9 @@ run_memory() {
 
 run_all() {
   part build 150 build_library
-  part tests 220 "$python" -m pytest -m gpu -q -p no:cacheprovider
-  part sanitizer 110 sanitize
-  part ops 100 "$python" -m benchmarks.gpu.ops "$out/ops.json"
+  part tests 200 run_tests
+  part sanitizer 110 sanitize memcheck
+  part ops 120 "$python" -m benchmarks.gpu.ops "$out/ops.json"
 }
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

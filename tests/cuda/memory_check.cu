@@ -1,74 +1,18 @@
-// Launches the kernels of six op families on each of their paths, in buffers that end where the
-// data ends, for the tools that watch memory: AddressSanitizer and
-// ThreadSanitizer under the emulator, compute-sanitizer on a GPU. Other tests compare the results.
+// Launches the kernels of every op family on each of their paths, for the tools that watch memory:
+// AddressSanitizer and ThreadSanitizer under the emulator, compute-sanitizer on a GPU. Other tests
+// compare the results.
 //   memory_check FAMILY [quick]
-// `quick` leaves out the sizes that a slow tool would spend minutes on.
 #include <cstdio>
-#include <cstdlib>
-#include <vector>
 
-#include "cuda/common.cuh"
+#include "buffers.h"
+#include "memory_check.h"
+
+#ifdef HE_CUDA_EMULATOR
+extern "C" int he_emulator_configure(int order, uint64_t seed, int async_policy);
+#endif
 
 namespace he::cuda {
 namespace {
-
-#ifdef HE_CUDA_EMULATOR
-void* allocate(size_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 16, bytes) != 0) throw std::bad_alloc();
-  return memory;
-}
-void release(void* memory) { std::free(memory); }
-void upload(void* memory, const void* data, size_t bytes) { std::memcpy(memory, data, bytes); }
-void finish() {}
-#else
-void* allocate(size_t bytes) {
-  void* memory = nullptr;
-  check_cuda(cudaMalloc(&memory, bytes), "cannot allocate device memory");
-  return memory;
-}
-void release(void* memory) { cudaFree(memory); }
-void upload(void* memory, const void* data, size_t bytes) {
-  check_cuda(cudaMemcpy(memory, data, bytes, cudaMemcpyHostToDevice), "cannot copy to the device");
-}
-void finish() { check_cuda(cudaDeviceSynchronize(), "a kernel failed"); }
-#endif
-
-// The memory of one launch.
-class Buffers {
- public:
-  Buffers() = default;
-  Buffers(const Buffers&) = delete;
-  ~Buffers() {
-    for (void* memory : owned_) release(memory);
-  }
-
-  template <typename T>
-  T* of(const std::vector<T>& values) {
-    owned_.push_back(allocate(values.size() * sizeof(T)));
-    upload(owned_.back(), values.data(), values.size() * sizeof(T));
-    return static_cast<T*>(owned_.back());
-  }
-
-  // Numbers in [1, 2); `shift` elements behind a 16-byte boundary.
-  void* numbers(DType dtype, int64_t count, int64_t shift = 0) {
-    if (dtype == DType::kFloat32) {
-      std::vector<uint32_t> bits(count + shift);
-      for (uint32_t& b : bits) b = 0x3f800000u | (std::rand() & 0x7fffff);
-      return of(bits) + shift;
-    }
-    const bool brain = dtype == DType::kBFloat16;
-    std::vector<uint16_t> bits(count + shift);
-    for (uint16_t& b : bits)
-      b = brain ? 0x3f80 | (std::rand() & 0x7f) : 0x3c00 | (std::rand() & 0x3ff);
-    return of(bits) + shift;
-  }
-
- private:
-  std::vector<void*> owned_;
-};
-
-using Sizes = std::vector<int64_t>;
 
 void norms(DType dtype, bool quick) {
   const Sizes all_dims{1, 7, 63, 257, 512, 520, 4096, 16384, 20001};
@@ -230,6 +174,8 @@ void run(const std::string& family, DType dtype, bool quick) {
   if (family == "sampling") return samples(dtype, quick);
   if (family == "gather") return gathers(dtype, quick);
   if (family == "advantage") return advantages(dtype, quick);
+  if (family == "attention") return check_attention(dtype, quick);
+  if (family == "linear") return check_linear(dtype, quick);
   throw std::runtime_error("no family " + family);
 }
 
@@ -241,6 +187,10 @@ int main(int count, char** arguments) {
     std::fputs("usage: memory_check FAMILY [quick]\n", stderr);
     return 2;
   }
+#ifdef HE_CUDA_EMULATOR
+  constexpr int kGreedy = 3, kLate = 0;  // one warp as far as it gets, copies as late as they may
+  he_emulator_configure(kGreedy, 0, kLate);
+#endif
   try {
     const bool quick = count > 2;
     he::cuda::run(arguments[1], he::DType::kBFloat16, quick);

@@ -16,6 +16,7 @@ import torch
 from rlhf.bench.peers import find_peer
 from rlhf.cli.bench import bench_parser
 from rlhf.plan.known import known_config
+from tests.cuda.test_memory import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks/gpu/run.sh"
@@ -32,13 +33,20 @@ def test_the_script_parses_and_wants_a_phase_and_a_folder(tmp_path: Path) -> Non
 def test_every_benchmark_of_the_script_is_a_command_that_parses() -> None:
     """The options of each `rlhf bench` in it, read by the real parser."""
     text = SCRIPT.read_text().replace("\\\n", " ").replace("opt-$size", "opt-13b")
-    text = text.replace("$peers", "hf,hf-compile,hf-cb,vllm,deepspeed-he,ours")
+    (shape,) = re.findall(r'local shape="(.+)"', text)
+    text = text.replace("$shape", shape)
     calls = re.findall(r"^ +bench \S+ (\d+) (.+)$", text, flags=re.MULTILINE)
-    assert len(calls) == 9
+    assert len(calls) == 11
     for _, options in calls:
         parsed = bench_parser().parse_args(shlex.split(options))
         assert all(known_config(model) for model in parsed.model.split(","))
         assert all(find_peer(peer) for peer in parsed.peers.split(","))
+
+
+def test_every_family_of_kernels_is_watched() -> None:
+    (families,) = re.findall(r'^families="(.+)"$', SCRIPT.read_text(), re.MULTILINE)
+    assert sorted(families.split()) == sorted(path.stem for path in ROOT.glob("csrc/cuda/*.cu"))
+    assert sorted(FAMILIES) == sorted(families.split())
 
 
 def test_every_phase_ends_inside_ten_minutes() -> None:

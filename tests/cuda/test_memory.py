@@ -12,14 +12,19 @@ from tests.cuda_emulator.build import CSRC, build_program, why_unavailable
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
-FAMILIES = ("norm", "activation", "rope", "sampling", "gather", "advantage")
-SHARING = ("norm", "sampling", "advantage")  # those whose threads share memory
-DRIVER = Path(__file__).with_name("memory_check.cu")
+FAMILIES = (
+    "norm", "activation", "rope", "attention", "linear", "sampling", "gather", "advantage",
+)  # fmt: skip
+# Those whose threads share memory; the products are slow to watch.
+SHARING = (
+    "norm", "sampling", "advantage",
+    *(pytest.param(family, marks=pytest.mark.slow) for family in ("attention", "linear")),
+)  # fmt: skip
+DRIVERS = [Path(__file__).with_name(f"memory_check{part}.cu") for part in ("", "_model")]
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "atexit_sleep_ms=0"}
 
 
-def sources(families: tuple[str, ...]) -> list[Path]:
-    return [*(CSRC / f"cuda/{family}.cu" for family in families), DRIVER]
+SOURCES = [*(CSRC / f"cuda/{family}.cu" for family in FAMILIES), *DRIVERS]
 
 
 def check(program: Path, *arguments: str) -> None:
@@ -31,12 +36,12 @@ def check(program: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="session")
 def address_sanitized() -> Path:
-    return build_program(sources(FAMILIES), ["-fsanitize=address", "-O1"])
+    return build_program(SOURCES, ["-fsanitize=address", "-O1"])
 
 
 @pytest.fixture(scope="session")
 def thread_sanitized() -> Path:
-    return build_program(sources(FAMILIES), ["-fsanitize=thread"])
+    return build_program(SOURCES, ["-fsanitize=thread"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
