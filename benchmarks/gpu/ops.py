@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -18,33 +17,9 @@ from typing import Any
 import torch
 
 from hybrid_engine import ops
+from rlhf.bench.measure import machine
 
 WORST_DIFFERENCE = 0.05  # of log-probs, between bf16 logits rounded and not
-
-
-def header() -> dict[str, Any]:
-    from benchmarks.gpu.timing import copy_bandwidth
-
-    root = Path(__file__).parents[2]
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "driver": _output(query),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": _output(git),
-        "copy_GBps": round(copy_bandwidth(), 1),
-    }
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
 
 
 def measure(case: Any, copy_gbps: float) -> dict[str, Any]:
@@ -85,9 +60,11 @@ def line(record: dict[str, Any]) -> str:
 def run(path: Path) -> bool:
     """Measure everything, write the record, and say whether all went well."""
     from benchmarks.gpu import cases, cases_model
+    from benchmarks.gpu.timing import copy_bandwidth
 
-    result: dict[str, Any] = {**header(), "cases": []}
-    print("  ".join(f"{key}={value}" for key, value in result.items() if key != "cases"))
+    header = machine(copy_GBps=round(copy_bandwidth(), 1))
+    result: dict[str, Any] = {**header, "cases": []}
+    print("  ".join(f"{key}={value}" for key, value in header.items()))
     columns = ("case", "ours us", "+-", "torch us", "ratio", "rate", "of copy")
     print("{:<36}{:>10}{:>9}{:>11}{:>8}{:>16}{:>8}".format(*columns))
     for family in (*cases.FAMILIES, *cases_model.FAMILIES):

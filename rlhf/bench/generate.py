@@ -12,7 +12,7 @@ import torch
 from rlhf import distributed
 from rlhf.bench.check import check_tokens, logprob_gap
 from rlhf.bench.measure import Timing, interleave, peers_clock
-from rlhf.bench.peers import Answer, Generator, Request, find_peer
+from rlhf.bench.peers import Answer, Generator, Request, find_peer, reason_of
 from rlhf.bench.subject import Subject, Workload
 
 Row = dict[str, Any]
@@ -59,7 +59,7 @@ def opened(
             try:
                 found[name] = stack.enter_context(peer.generator(subject))
             except Exception as error:  # a foreign library's: the others are measured all the same
-                notes[name] = f"did not start: {type(error).__name__}: {_first_line(error)}"
+                notes[name] = f"did not start: {reason_of(error)}"
         yield found
 
 
@@ -76,15 +76,17 @@ def measure_generation(
     with opened(peers, subject, notes) as generators:
         timed: dict[str, Timed] = {}
         for name, generate in generators.items():
-            report(f"{name}: checking its greedy tokens")
+            report(f"{name}: checking its greedy tokens, warming up")
             try:
                 check_tokens(name, generate, subject, request)
+                call = Timed(generate, request)
+                call()  # where the memory does not suffice, this one fails and no other
             except Exception as error:
-                notes[name] = f"{type(error).__name__}: {_first_line(error)}"
+                notes[name] = reason_of(error)
                 continue
-            timed[name] = Timed(generate, request)
-        report(f"timing {', '.join(timed)}: {repeats} repeats and one before, in turn")
-        timings = interleave(timed, repeats=repeats, clock=peers_clock) if timed else {}
+            timed[name] = call
+        report(f"timing {', '.join(timed)}: {repeats} repeats in turn")
+        timings = interleave(timed, repeats=repeats, warmup=0, clock=peers_clock)
         return [
             _row(subject, workload, request, name, timings[name], timed[name], read_bandwidth)
             for name in timings
@@ -140,7 +142,3 @@ def add_ratios(rows: list[Row], baseline: str) -> None:
     for row in rows:
         of = rates.get(tuple(row[key] for key in keys))
         row["ratio"] = row["tokens_per_s"] / of if of else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -25,7 +25,11 @@ import torch
 from rlhf.tracking import synchronize
 
 PROBE_BYTES = 1 << 30  # beyond any cache
-PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "ctranslate2", "vllm")
+PACKAGES = (
+    "torch", "triton", "transformers", "accelerate", "deepspeed", "peft", "trl", "ctranslate2",
+    "vllm",
+)  # fmt: skip
+GPU_READS = 16  # of a timed call: launching one and waiting for it takes as long as reading some MB
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,14 @@ def read_bandwidth(
 
     The faster of a matrix-vector product and a norm: neither writes anything to speak of.
     """
+    reads = GPU_READS if torch.device(device).type == "cuda" else 1
     matrix = torch.ones(max(1, (size or PROBE_BYTES) // 4 // 16384), 16384, device=device)
     vector = torch.ones(16384, device=device)
     best = math.inf
     for probe in (lambda: torch.mv(matrix, vector), lambda: torch.linalg.vector_norm(matrix)):
-        timing = interleave({"probe": probe}, repeats=8, clock=clock)["probe"]
-        best = min(best, *timing.seconds)
-    return matrix.numel() * matrix.itemsize / best
+        calls = {"probe": lambda probe=probe: [probe() for _ in range(reads)]}
+        best = min(best, *interleave(calls, repeats=8, clock=clock)["probe"].seconds)
+    return reads * matrix.numel() * matrix.itemsize / best
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
@@ -121,10 +126,9 @@ def machine(**more: Any) -> dict[str, Any]:
     """The header of a record: hardware, versions, commit and load, then what is given."""
     from hybrid_engine import ops
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": processor(),
-        "gpu": gpu,
+        **gpu(),
         "threads": torch.get_num_threads(),
         "kernels": ops.NATIVE.isa or "reference",
         "python": platform.python_version(),
@@ -134,6 +138,30 @@ def machine(**more: Any) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         **more,
     }
+
+
+def gpu() -> dict[str, Any]:
+    """Name, size, driver and CUDA version of the current GPU; without one, that there is none."""
+    if not torch.cuda.is_available():
+        return {"gpu": None}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    return {
+        "gpu": properties.name,
+        "gpu_GB": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "driver": output_of(query) or "unknown",
+    }
+
+
+def output_of(command: list[str]) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def processor() -> str:
@@ -157,14 +185,8 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 def commit() -> str:
     """Of the checkout that this file lies in, `-dirty` if it has changes; else the version."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        done = None
-    if done is not None and done.returncode == 0:
-        return done.stdout.strip()
-    return "hybrid-rlhf " + versions(["hybrid-rlhf"]).get("hybrid-rlhf", "unknown")
+    found = output_of(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
+    return found or "hybrid-rlhf " + versions(["hybrid-rlhf"]).get("hybrid-rlhf", "unknown")
 
 
 def geometric_mean(values: Iterable[float]) -> float:

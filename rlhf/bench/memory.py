@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlhf.bench.check import check_tokens
-from rlhf.bench.peers import Request, find_peer
+from rlhf.bench.peers import Request, find_peer, reason_of
 from rlhf.bench.subject import Workload, load_subject
 
 
@@ -47,7 +47,7 @@ def _in_process(
     try:
         queue.put(_measure(name, model, workload, dtype, device))
     except Exception as error:  # a foreign library's: the others are measured all the same
-        queue.put(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+        queue.put(reason_of(error))
 
 
 def _measure(

@@ -16,7 +16,7 @@ from rlhf.bench.check import check_tokens
 from rlhf.bench.generate import share
 from rlhf.bench.measure import interleave, peers_clock
 from rlhf.bench.models import StepModels, step_models
-from rlhf.bench.peers import Answer, Request, find_peer
+from rlhf.bench.peers import Answer, Request, find_peer, reason_of
 from rlhf.bench.plain_loop import PlainLoop, Rollout
 from rlhf.bench.subject import Subject, Workload
 from rlhf.config import LoraConfig, OptimizerConfig, PPOConfig
@@ -119,17 +119,18 @@ def measure_steps(
             if (reason := _why_not(name, subject)) is not None:
                 notes[name] = reason
                 continue
-            report(f"{name}: building its models and checking its greedy tokens")
+            report(f"{name}: building its models, checking its greedy tokens, warming up")
             try:
                 models = step_models(subject, critic, stop=stop, copied=len(peers) > 1)
                 loop = stack.enter_context(_loop(name, subject, models, config, stop, lora))
-            except Exception as error:  # one peer must not cost the figures of the others
-                notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                call = Timed(loop, prompts if name == "ours" else share(prompts))
+                call()  # where the memory does not suffice, this one fails and no other
+            except Exception as error:
+                notes[name] = reason_of(error)
                 continue
-            ours = name == "ours"
-            timed[name] = Timed(loop, prompts if ours else share(prompts))
-        report(f"timing {', '.join(timed)}: {repeats} repeats and one before, in turn")
-        timings = interleave(timed, repeats=repeats, clock=peers_clock) if timed else {}
+            timed[name] = call
+        report(f"timing {', '.join(timed)}: {repeats} repeats in turn")
+        timings = interleave(timed, repeats=repeats, warmup=0, clock=peers_clock)
     rows = []
     for name, timing in timings.items():
         laps = timed[name].phases[-repeats:]
@@ -181,7 +182,8 @@ def _loop(
     lora: int | None,
 ) -> Iterator[Loop]:  # fmt: skip
     """The peer's trainer, its rollouts checked."""
-    from rlhf.bench.peers.deepspeed_zero import process_group, sharded_rollout
+    from rlhf.bench.deepspeed_start import process_group
+    from rlhf.bench.peers.deepspeed_zero import sharded_rollout
     from rlhf.bench.peers.hf_ddp import DistributedEngines
 
     actor = Subject(subject.name, models.actor, subject.shape)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from rlhf.bench.check import WrongTokens, check_tokens, logprob_gap, model_logits
+from rlhf.bench.check import (
+    CHECKED_TOKENS,
+    WrongTokens,
+    check_tokens,
+    logprob_gap,
+    model_logits,
+)
 from rlhf.bench.generate import measure_generation
-from rlhf.bench.peers import PEERS, Answer, Request, find_peer, hf
+from rlhf.bench.peers import PEERS, Answer, Generator, Request, find_peer, hf
 from rlhf.bench.subject import Subject, Workload
 
 WORKLOAD = Workload(batch=3, prompt_tokens=12, new_tokens=6, natural=True)
@@ -104,3 +113,28 @@ def test_natural_lengths_end_about_half_way(subject: Subject) -> None:
     assert 5 < sum(lengths) / len(lengths) < 17
     ended = [tokens for tokens in answer.tokens if len(tokens) < 24]
     assert all(tokens[-1] in stop for tokens in ended)
+
+
+def test_a_peer_that_fails_at_full_length_costs_no_other_its_row(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of its tokens is short; memory may not suffice for all of them."""
+    module = find_peer("colossal")
+
+    @contextmanager
+    def short_of_memory(subject: Subject) -> Iterator[Generator]:
+        def generate(request: Request) -> Answer:
+            if request.new_tokens > CHECKED_TOKENS:
+                raise torch.OutOfMemoryError
+            return hf.generate(subject.model, request)
+
+        yield generate
+
+    monkeypatch.setattr(module, "generator", short_of_memory)
+    notes: dict[str, str] = {}
+    workload = Workload(batch=1, prompt_tokens=4, new_tokens=CHECKED_TOKENS + 1)
+    rows = measure_generation(
+        subject, workload, ["colossal", "ours"], repeats=1, read_bandwidth=1e10, notes=notes
+    )
+    assert [row["peer"] for row in rows] == ["ours"]
+    assert notes == {"colossal": "OutOfMemoryError: "}

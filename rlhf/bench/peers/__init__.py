@@ -1,8 +1,8 @@
 """Who can be measured: each peer is a module with the same three names.
 
 `ABOUT` says what it is, `why_not(subject)` why it cannot run here, or None, and
-`generator(subject)` is a context in which requests are answered. A peer that can run whole PPO
-iterations has `iteration` beside it, see `rlhf.bench.step`.
+`generator(subject)` is a context in which requests are answered. Which of them roll out for a PPO
+iteration is in `rlhf.bench.step`.
 """
 
 from __future__ import annotations
@@ -68,3 +68,9 @@ def find_peer(name: str) -> Peer:
     if name not in PEERS:
         raise ValueError(f"no peer {name!r}: use some of {', '.join(PEERS)}")
     return cast(Peer, importlib.import_module(f"rlhf.bench.peers.{PEERS[name]}"))
+
+
+def reason_of(error: Exception) -> str:
+    """The kind of an error and its first line, for a note."""
+    line = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {line}"

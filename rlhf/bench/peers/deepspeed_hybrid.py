@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+from rlhf.bench.deepspeed_start import started
 from rlhf.bench.measure import versions
 from rlhf.bench.peers import Answer, Generator, Request, hf
-from rlhf.bench.peers.deepspeed_zero import started
 from rlhf.bench.subject import Subject
 
 ABOUT = "DeepSpeed hybrid engine, ZeRO-2, kernels injected"

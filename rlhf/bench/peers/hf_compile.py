@@ -19,20 +19,24 @@ def why_not(subject: Subject) -> str | None:
 
 @contextmanager
 def generator(subject: Subject) -> Iterator[Generator]:
+    """On a GPU HF compiles a static cache's decode step by itself, with CUDA graphs; elsewhere its
+    whole forward is compiled here."""
     model = subject.model
-    eager = model.forward
-    mode = "reduce-overhead" if subject.device.type == "cuda" else "default"
-    compiled = torch.compile(eager, mode=mode, fullgraph=True)
+    by_hf = subject.device.type == "cuda"
+    compiled = None if by_hf else torch.compile(model.forward, fullgraph=True)
 
     def generate(request: Request) -> Answer:
-        model.forward = compiled
+        if compiled is not None:
+            model.forward = compiled
         try:
-            return hf.generate(model, request, cache_implementation="static", disable_compile=True)
+            return hf.generate(
+                model, request, cache_implementation="static", disable_compile=not by_hf
+            )
         finally:
-            model.forward = eager  # the others run the same model
+            vars(model).pop("forward", None)  # the others run the same model
 
     try:
         yield generate
     finally:
-        del model.forward  # what the class has
+        vars(model).pop("_compiled_call", None)  # HF's
         torch.compiler.reset()

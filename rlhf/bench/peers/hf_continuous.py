@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rlhf.bench.peers import Answer, Generator, Request, hf
 from rlhf.bench.subject import Subject
 
-ABOUT = "transformers continuous batching"
+ABOUT = "transformers continuous batching, its manager started for each call"
 
 
 def why_not(subject: Subject) -> str | None:
@@ -29,13 +28,8 @@ def generator(subject: Subject) -> Iterator[Generator]:
     def generate(request: Request) -> Answer:
         settings = hf.settings(request)
         settings["eos_token_id"] = settings["eos_token_id"] or -1
+        # Kept, its manager would keep most of the memory while the others have their turn.
         found = model.generate_batch(request.prompts, GenerationConfig(**settings))
-        outputs = sorted(found.values(), key=lambda output: _number(output.request_id))
-        return Answer([list(output.generated_tokens) for output in outputs])
+        return Answer([list(output.generated_tokens) for output in found.values()])
 
     yield generate
-
-
-def _number(request_id: str) -> int:
-    """Requests are numbered in order, as req_0 and so on."""
-    return int("".join(itertools.takewhile(str.isdigit, request_id[::-1]))[::-1] or 0)

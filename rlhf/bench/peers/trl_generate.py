@@ -11,7 +11,6 @@ from rlhf.bench.peers import Answer, Generator, Request, hf
 from rlhf.bench.subject import Subject
 
 ABOUT = "TRL's unwrap_model_for_generation and generate, as in its online trainers"
-NO_PPO = "TRL removed its PPO trainer; its GRPO is no PPO iteration"
 
 
 def why_not(subject: Subject) -> str | None:
