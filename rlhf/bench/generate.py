@@ -131,14 +131,10 @@ def _ideal_bytes(subject: Subject, request: Request, answer: Answer) -> float:
     return total
 
 
-def add_ratios(rows: list[Row], baseline: str) -> None:
-    """To each row its rate over the baseline's at the same case, where that was measured."""
+def add_ratios(rows: list[Row], baseline: str, *, rate: str) -> None:
+    """To each row its `rate` over the baseline's at the same case, where that was measured."""
     keys = ("model", "dtype", "batch", "prompt", "new_tokens", "lengths")
-    rates = {
-        tuple(row[key] for key in keys): row["tokens_per_s"]
-        for row in rows
-        if row["peer"] == baseline
-    }
+    rates = {tuple(row[key] for key in keys): row[rate] for row in rows if row["peer"] == baseline}
     for row in rows:
         of = rates.get(tuple(row[key] for key in keys))
-        row["ratio"] = row["tokens_per_s"] / of if of else None
+        row["ratio"] = row[rate] / of if of else None

@@ -58,19 +58,22 @@ def _measure(
     if (reason := peer.why_not(subject)) is not None:
         return reason
     small = Request([[3, 4, 5]], 2, 1.0)
-    request = Request(workload.prompts(subject.shape.vocab), workload.new_tokens, 1.0)
+    vocab = subject.shape.vocab
+    stop = workload.stop_token_ids(vocab)
+    request = Request(workload.prompts(vocab), workload.new_tokens, 1.0, stop)
     with peer.generator(subject) as generate:
         check_tokens(name, generate, subject, small)  # libraries are loaded, buffers made
         before = _now(subject.device)
         generate(request)
         peak = _peak(subject.device)
-    rows, tokens = workload.batch, workload.prompt_tokens + workload.new_tokens
+    tokens = sum(map(len, request.prompts)) + workload.batch * workload.new_tokens  # at most
     return {
-        "model": model, "peer": name, "batch": rows, "prompt": workload.prompt_tokens,
+        "model": model, "lengths": "natural" if workload.natural else "fixed", "peer": name,
+        "batch": workload.batch, "prompt": workload.prompt_tokens,
         "new_tokens": workload.new_tokens, "dtype": str(subject.dtype).removeprefix("torch."),
         "model_GB": subject.shape.parameters * subject.dtype.itemsize / 1e9,
         "added_GB": max(0.0, peak - before) / 1e9, "peak_GB": peak / 1e9,
-        "cache_GB": rows * tokens * subject.kv_bytes / 1e9,
+        "cache_GB": tokens * subject.kv_bytes / 1e9,
     }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def plot_phases(record: Row, path: Path) -> None:
 
     rows = record["rows"]
     figure, axis = plt.subplots(figsize=(3 + 1.3 * len(rows), 4.5), layout="constrained")
-    names = [f"{row['peer']}\n{row['model']}, batch {row['batch']}" for row in rows]
+    names = bar_names(rows)
     below = [0.0] * len(rows)
     for phase in rows[0]["phases"]:
         seconds = [row["phases"][phase] for row in rows]
@@ -123,3 +123,8 @@ def plot_phases(record: Row, path: Path) -> None:
     axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def bar_names(rows: Sequence[Row]) -> list[str]:
+    """A name for each case: bars of one name would lie on one another."""
+    return [f"{r['peer']}\n{r['model']}, batch {r['batch']}\n{r['lengths']}" for r in rows]

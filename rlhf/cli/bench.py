@@ -8,20 +8,36 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
     from rich.console import Console
 
-    from rlhf.bench.subject import Subject
+    from rlhf.bench.subject import Subject, Workload
 
 WIDTH = 120  # of tables that go to a file
 
-GENERATION_COLUMNS = (
+CASE_COLUMNS = (
     ("model", "model", ""), ("lengths", "lengths", ""), ("batch", "batch", "d"),
-    ("peer", "peer", ""), ("tok/s", "tokens_per_s", ".0f"), ("ms/step", "ms_per_step", ".2f"),
+    ("peer", "peer", ""),
+)  # fmt: skip
+GENERATION_COLUMNS = (
+    *CASE_COLUMNS,
+    ("tok/s", "tokens_per_s", ".0f"), ("ms/step", "ms_per_step", ".2f"),
     ("+-", "spread_ms", ".2f"), ("GB/s", "GBps", ".1f"), ("% peak", "percent_of_peak", ".0f"),
     ("GB", "peak_GB", ".1f"), ("gap", "logprob_gap_max", ".0e"), ("ratio", "ratio", ".2f"),
+)  # fmt: skip
+STEP_COLUMNS = (
+    *CASE_COLUMNS,
+    ("s", "seconds", ".3f"), ("+-", "spread_seconds", ".3f"), ("seq/s", "sequences_per_s", ".2f"),
+    ("rollout%", "share_rollout", ".0f"), ("score%", "share_score", ".0f"),
+    ("actor%", "share_update_actor", ".0f"), ("critic%", "share_update_critic", ".0f"),
+    ("GB", "peak_GB", ".1f"), ("gap", "logprob_gap_max", ".0e"), ("ratio", "ratio", ".2f"),
+)  # fmt: skip
+MEMORY_COLUMNS = (
+    *CASE_COLUMNS,
+    ("model GB", "model_GB", ".3f"), ("rollout +GB", "added_GB", ".3f"),
+    ("peak GB", "peak_GB", ".3f"), ("of it KV", "cache_GB", ".3f"),
 )  # fmt: skip
 
 
@@ -52,105 +68,117 @@ def bench_parser() -> ArgumentParser:
 
 def bench(options: Namespace) -> None:
     """Measure, print tables, write the record."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if options.what == "ops":
         from rlhf.bench.ops import run_ops
 
         run_ops(options.filter, options.output)
         return
+    from rich.console import Console
+
     from rlhf.bench.ranks import joined
 
     with joined() as rank:
-        quiet = Console(quiet=True) if rank else console
-        {"generate": _generate, "step": _step, "memory": _memory}[options.what](options, quiet)
+        console = Console(width=None if sys.stdout.isatty() else WIDTH, quiet=rank > 0)
+        measure = {"generate": _generate, "step": _step, "memory": _memory}[options.what]
+        measure(_Run(options, console))
 
 
-def _generate(options: Namespace, console: Console) -> None:
+class _Run:
+    """What the measurements share: whom and what they measure, and what they find."""
+
+    def __init__(self, options: Namespace, console: Console) -> None:
+        self.options = options
+        self.peers = _peers(options)
+        self.baseline = "hf" if "hf" in self.peers else self.peers[0]
+        self.notes: dict[str, str] = {}  # why a peer has no row
+        self.rows: list[dict[str, Any]] = []
+        self._console = console
+        self.header = _header(options, console)
+
+    def cases(self) -> Iterator[tuple[Subject, Workload]]:
+        """One model after the other: two large ones need not fit together."""
+        from rlhf.bench.subject import load_subject
+
+        for name in self.options.model.split(","):
+            subject = load_subject(name, dtype=_dtype(self.options), device=self.options.device)
+            for workload in self.workloads():
+                yield subject, workload
+
+    def workloads(self) -> Iterator[Workload]:
+        from rlhf.bench.subject import Workload
+
+        options = self.options
+        both = {"fixed": [False], "natural": [True], "both": [False, True]}
+        for batch in _numbers(options.batch):
+            for natural in both[options.lengths]:
+                yield Workload(batch, options.prompt, options.new_tokens, natural)
+
+    def report(self, line: str) -> None:
+        self._console.print(f"[dim]{line}[/dim]")
+
+    def finish(self, what: str, columns: Any, plot: Callable[..., None]) -> None:
+        """Print the table and the notes, write the record and the plot."""
+        from rlhf import distributed
+        from rlhf.bench.show import show_notes, show_table, write
+
+        options = self.options
+        title = f"{what}, {options.prompt} + {options.new_tokens} tokens"
+        if any(row.get("ratio") for row in self.rows):
+            title += f"; ratio to {self.baseline}"
+        show_table(self._console, title, self.rows, columns)
+        show_notes(self._console, self.notes)
+        if not self.rows:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.notes.items())
+            raise ValueError(f"nothing was measured: {reasons}")
+        if distributed.is_first():
+            command = {k: v for k, v in vars(options).items() if v is not None and k != "debug"}
+            record = {
+                "bench": options.what, "machine": self.header, "command": command,
+                "rows": self.rows, "notes": self.notes,
+            }  # fmt: skip
+            write(options.output, options.what, record, plot, self._console)
+
+
+def _generate(run: _Run) -> None:
     from rlhf.bench.generate import add_ratios, measure_generation
-    from rlhf.bench.show import plot_generation, show_notes, show_table
-    from rlhf.bench.subject import Workload
+    from rlhf.bench.show import plot_generation
 
-    peers, notes, rows = _peers(options), dict[str, str](), []
-    header = _header(options, console)
-    for subject in _subjects(options):
-        for batch in _numbers(options.batch):
-            for natural in _natural(options):
-                workload = Workload(batch, options.prompt, options.new_tokens, natural)
-                rows += measure_generation(
-                    subject, workload, peers, repeats=options.repeats,
-                    read_bandwidth=header["read_GBps"] * 1e9, notes=notes,
-                    report=lambda line: console.print(f"[dim]{line}[/dim]"),
-                )  # fmt: skip
-    add_ratios(rows, "hf" if "hf" in peers else peers[0])
-    for row in rows:
+    for subject, workload in run.cases():
+        run.rows += measure_generation(
+            subject, workload, run.peers, repeats=run.options.repeats,
+            read_bandwidth=run.header["read_GBps"] * 1e9, notes=run.notes, report=run.report,
+        )  # fmt: skip
+    add_ratios(run.rows, run.baseline, rate="tokens_per_s")
+    for row in run.rows:
         row["spread_ms"] = row["ms_per_step"] * row["spread_seconds"] / row["seconds"]
-    title = f"rollout, {options.prompt} + {options.new_tokens} tokens, sampled; ratio to hf"
-    show_table(console, title, rows, GENERATION_COLUMNS)
-    show_notes(console, notes)
-    _write(options, "generate", header, rows, notes, plot_generation, console)
+    run.finish("sampled rollout", GENERATION_COLUMNS, plot_generation)
 
 
-STEP_COLUMNS = (
-    ("model", "model", ""), ("batch", "batch", "d"), ("peer", "peer", ""),
-    ("s", "seconds", ".3f"), ("+-", "spread_seconds", ".3f"), ("seq/s", "sequences_per_s", ".2f"),
-    ("rollout%", "share_rollout", ".0f"), ("score%", "share_score", ".0f"),
-    ("actor%", "share_update_actor", ".0f"), ("critic%", "share_update_critic", ".0f"),
-    ("GB", "peak_GB", ".1f"), ("gap", "logprob_gap_max", ".0e"), ("ratio", "ratio", ".2f"),
-)  # fmt: skip
-
-
-def _step(options: Namespace, console: Console) -> None:
-    from rlhf.bench.show import plot_phases, show_notes, show_table
+def _step(run: _Run) -> None:
+    from rlhf.bench.generate import add_ratios
+    from rlhf.bench.show import plot_phases
     from rlhf.bench.step import measure_steps
-    from rlhf.bench.subject import Workload
 
-    peers, notes, rows = _peers(options), dict[str, str](), []
-    header = _header(options, console)
-    for subject in _subjects(options):
-        for batch in _numbers(options.batch):
-            for natural in _natural(options):
-                workload = Workload(batch, options.prompt, options.new_tokens, natural)
-                found = measure_steps(
-                    subject, options.critic, workload, peers, repeats=options.repeats,
-                    notes=notes, lora=options.lora,
-                    report=lambda line: console.print(f"[dim]{line}[/dim]"),
-                )  # fmt: skip
-                of = next((row["seconds"] for row in found if row["peer"] == "hf"), None)
-                for row in found:
-                    row["ratio"] = of and of / row["seconds"]
-                rows += found
-    title = f"PPO iteration, {options.prompt} + {options.new_tokens} tokens; ratio to hf"
-    show_table(console, title, rows, STEP_COLUMNS)
-    show_notes(console, notes)
-    _write(options, "step", header, rows, notes, plot_phases, console)
+    for subject, workload in run.cases():
+        run.rows += measure_steps(
+            subject, run.options.critic, workload, run.peers, repeats=run.options.repeats,
+            notes=run.notes, lora=run.options.lora, report=run.report,
+        )  # fmt: skip
+    add_ratios(run.rows, run.baseline, rate="sequences_per_s")
+    run.finish("PPO iteration", STEP_COLUMNS, plot_phases)
 
 
-MEMORY_COLUMNS = (
-    ("model", "model", ""), ("batch", "batch", "d"), ("peer", "peer", ""),
-    ("model GB", "model_GB", ".3f"), ("rollout +GB", "added_GB", ".3f"),
-    ("peak GB", "peak_GB", ".3f"), ("of it KV", "cache_GB", ".3f"),
-)  # fmt: skip
-
-
-def _memory(options: Namespace, console: Console) -> None:
+def _memory(run: _Run) -> None:
     from rlhf.bench.memory import measure_memory
-    from rlhf.bench.show import plot_memory, show_notes, show_table
-    from rlhf.bench.subject import Workload
+    from rlhf.bench.show import plot_memory
 
-    peers, notes, rows = _peers(options), dict[str, str](), []
-    header = _header(options, console)
-    for model in options.model.split(","):
-        for batch in _numbers(options.batch):
-            workload = Workload(batch, options.prompt, options.new_tokens)
-            rows += measure_memory(
-                model, workload, peers, dtype=options.dtype, device=options.device, notes=notes
-            )
-    title = f"memory of a rollout, {options.prompt} + {options.new_tokens} tokens"
-    show_table(console, title, rows, MEMORY_COLUMNS)
-    show_notes(console, notes)
-    _write(options, "memory", header, rows, notes, plot_memory, console)
+    for model in run.options.model.split(","):
+        for workload in run.workloads():
+            run.rows += measure_memory(
+                model, workload, run.peers, dtype=run.options.dtype, device=run.options.device,
+                notes=run.notes,
+            )  # fmt: skip
+    run.finish("memory of a rollout", MEMORY_COLUMNS, plot_memory)
 
 
 def _peers(options: Namespace) -> list[str]:
@@ -167,18 +195,6 @@ def _numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise ValueError(f"--batch wants numbers by commas, such as 1,8,32, got {text!r}") from None
-
-
-def _natural(options: Namespace) -> list[bool]:
-    return {"fixed": [False], "natural": [True], "both": [False, True]}[options.lengths]
-
-
-def _subjects(options: Namespace) -> Iterator[Subject]:
-    """One after the other: two large models need not fit together."""
-    from rlhf.bench.subject import load_subject
-
-    for name in options.model.split(","):
-        yield load_subject(name, dtype=_dtype(options), device=options.device)
 
 
 def _dtype(options: Namespace) -> torch.dtype | None:
@@ -207,21 +223,3 @@ def _header(options: Namespace, console: Console) -> dict[str, Any]:
     )  # fmt: skip
     show_header(console, header)
     return header
-
-
-def _write(
-    options: Namespace, name: str, header: dict[str, Any], rows: list[dict[str, Any]],
-    notes: dict[str, str], plot: Any, console: Console,
-) -> None:  # fmt: skip
-    from rlhf import distributed
-    from rlhf.bench.show import write
-
-    if not distributed.is_first():
-        return
-    command = {k: v for k, v in vars(options).items() if v is not None and k != "debug"}
-    record = {"bench": name, "machine": header, "command": command, "rows": rows, "notes": notes}
-    if not rows:
-        raise ValueError(
-            f"nothing was measured: {'; '.join(f'{k}: {v}' for k, v in notes.items())}"
-        )
-    write(options.output, name, record, plot, console)

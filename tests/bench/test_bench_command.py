@@ -10,6 +10,7 @@ import torch
 from rlhf.bench.measure import read_records
 from rlhf.bench.models import step_models
 from rlhf.bench.plain_loop import full_logprobs
+from rlhf.bench.show import bar_names
 from rlhf.bench.subject import Subject
 from rlhf.cli.main import main
 from rlhf.models import response_logprobs
@@ -52,10 +53,18 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench("step", "--peers hf,ours,trl --batch 2", "--output", str(tmp_path)) == 0
-    assert "not measured: trl: TRL has no PPO trainer any more" in capsys.readouterr().out
+    options = "--peers hf,ours,trl --batch 2 --lengths both"
+    assert bench("step", options, "--output", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "not measured: trl: TRL has no PPO trainer any more" in shown
+    assert "PPO iteration, 8 + 8 tokens; ratio to hf" in shown
     (record,) = read_records(tmp_path / "step.jsonl")
-    assert [row["peer"] for row in record["rows"]] == ["hf", "ours"]
+    cases = [(row["lengths"], row["peer"], row["ratio"]) for row in record["rows"]]
+    assert [case[:2] for case in cases] == [
+        (lengths, peer) for lengths in ("fixed", "natural") for peer in ("hf", "ours")
+    ]
+    assert [ratio for *_, ratio in cases[::2]] == [1.0, 1.0]
+    assert len(set(bar_names(record["rows"]))) == 4
     for row in record["rows"]:
         assert set(row["phases"]) == {"rollout", "score", "update_actor", "update_critic"}
         assert sum(row["phases"].values()) == pytest.approx(row["seconds"], rel=0.5)
