@@ -34,25 +34,13 @@ void dispatch_activation(Activation kind, const Body& body) {
 
 template <typename T, typename Function>
 void gated_row(T* out, const T* gate, const T* up, int64_t dim, const Function& f) {
-  for_each_vec(
-      dim, [&](int64_t i) { store(out + i, f(load(gate + i)) * load(up + i)); },
-      [&](int64_t i, int64_t rest) {
-        store_partial(out + i, f(load_partial(gate + i, rest)) * load_partial(up + i, rest), rest);
-      });
+  map_vecs(out, dim, [&](Vec g, Vec u) { return f(g) * u; }, gate, up);
 }
 
 template <typename T, typename Function>
 void biased_row(T* out, const T* x, const T* bias, int64_t dim, const Function& f) {
-  for_each_vec(
-      dim,
-      [&](int64_t i) {
-        const Vec v = load(x + i);
-        store(out + i, f(bias ? v + load(bias + i) : v));
-      },
-      [&](int64_t i, int64_t rest) {
-        const Vec v = load_partial(x + i, rest);
-        store_partial(out + i, f(bias ? v + load_partial(bias + i, rest) : v), rest);
-      });
+  if (bias == nullptr) return map_vecs(out, dim, f, x);
+  map_vecs(out, dim, [&](Vec v, Vec b) { return f(v + b); }, x, bias);
 }
 
 // Rows in parallel; a few long rows are cut into pieces first, which is what `body` gets.

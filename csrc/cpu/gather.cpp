@@ -2,8 +2,6 @@
 // is copied, converted, or summed with its low-rank product, in runs that end where a row or a
 // rank's part does. Every element is read once and written once.
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -34,19 +32,6 @@ void for_each_stretch(const GatherUnpack& a, const UnpackEntry& entry, int64_t b
   }
 }
 
-template <typename To, typename From>
-void convert(To* to, const From* from, int64_t count) {
-  if constexpr (std::is_same_v<To, From>) {
-    std::memcpy(to, from, count * sizeof(To));
-  } else {
-    for_each_vec(
-        count, [&](int64_t i) { store(to + i, load(from + i)); },
-        [&](int64_t i, int64_t rest) {
-          store_partial(to + i, load_partial(from + i, rest), rest);
-        });
-  }
-}
-
 // out += scale * b[row, :] a[:, columns]
 template <typename Factor>
 void add_low_rank(float* out, const UnpackEntry& entry, int64_t row) {
@@ -56,11 +41,7 @@ void add_low_rank(float* out, const UnpackEntry& entry, int64_t row) {
     const Factor* a =
         static_cast<const Factor*>(entry.lora_a) + r * entry.columns + entry.column_begin;
     const float weight = entry.lora_scale * to_float(b[r]);
-    for_each_vec(
-        width, [&](int64_t i) { store(out + i, load(out + i) + weight * load(a + i)); },
-        [&](int64_t i, int64_t rest) {
-          for (int64_t j = i; j < i + rest; ++j) out[j] += weight * to_float(a[j]);
-        });
+    map_vecs(out, width, [&](Vec sum, Vec v) { return sum + weight * v; }, out, a);
   }
 }
 

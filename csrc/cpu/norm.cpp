@@ -15,17 +15,8 @@ constexpr int64_t kElementsPerThread = 16384;
 // wide = x + residual; the residual is updated, and what it rounds to is what is normalised.
 template <typename T>
 void add_residual(float* wide, const T* x, T* residual, int64_t dim) {
-  for_each_vec(
-      dim,
-      [&](int64_t i) {
-        store(residual + i, load(x + i) + load(residual + i));
-        store(wide + i, load(residual + i));
-      },
-      [&](int64_t i, int64_t rest) {
-        store_partial(residual + i, load_partial(x + i, rest) + load_partial(residual + i, rest),
-                      rest);
-        store_partial(wide + i, load_partial(residual + i, rest), rest);
-      });
+  map_vecs(residual, dim, [](Vec a, Vec b) { return a + b; }, x, residual);
+  convert(wide, residual, dim);
 }
 
 // Sums f(v) over a row; `neutral` fills the last vector up and must have f(neutral) = 0.
@@ -67,18 +58,9 @@ void write_row(T* out, const float* wide, const T* weight, const T* bias, int64_
   const float centre = std::abs(mean) * scale <= 1. ? 0.f : static_cast<float>(mean);
   const float offset = static_cast<float>((centre - mean) * scale);
   const auto normed = [&](Vec v) { return (v - centre) * scale + offset; };
-  auto full = [&](int64_t i) {
-    Vec v = normed(load(wide + i)) * (load(weight + i) + weight_offset);
-    if (bias != nullptr) v += load(bias + i);
-    store(out + i, v);
-  };
-  auto partial = [&](int64_t i, int64_t rest) {
-    Vec v = normed(load_partial(wide + i, rest));
-    v *= load_partial(weight + i, rest) + weight_offset;
-    if (bias != nullptr) v += load_partial(bias + i, rest);
-    store_partial(out + i, v, rest);
-  };
-  for_each_vec(dim, full, partial);
+  const auto scaled = [&](Vec v, Vec w) { return normed(v) * (w + weight_offset); };
+  if (bias == nullptr) return map_vecs(out, dim, scaled, wide, weight);
+  map_vecs(out, dim, [&](Vec v, Vec w, Vec b) { return scaled(v, w) + b; }, wide, weight, bias);
 }
 
 struct NormArgs {

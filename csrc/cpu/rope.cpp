@@ -13,14 +13,8 @@ constexpr int64_t kElementsPerThread = 8192;
 
 template <typename T>
 void load_head(float* head, const T* qkv, const T* bias, int64_t dim) {
-  for_each_vec(
-      dim,
-      [&](int64_t i) { store(head + i, bias ? load(qkv + i) + load(bias + i) : load(qkv + i)); },
-      [&](int64_t i, int64_t rest) {
-        for (int64_t j = i; j < i + rest; ++j) {
-          head[j] = to_float(qkv[j]) + (bias ? to_float(bias[j]) : 0.f);
-        }
-      });
+  if (bias == nullptr) return convert(head, qkv, dim);
+  map_vecs(head, dim, [](Vec v, Vec b) { return v + b; }, qkv, bias);
 }
 
 template <typename T>
@@ -42,13 +36,6 @@ void rotate_head(float* head, const float* cos_sin, int64_t rotary, bool interle
     second = second * cos + first * sin;
     first = turned;
   }
-}
-
-template <typename T>
-void store_head(T* out, const float* head, int64_t dim) {
-  for_each_vec(
-      dim, [&](int64_t i) { store(out + i, load(head + i)); },
-      [&](int64_t i, int64_t rest) { store_partial(out + i, load_partial(head + i, rest), rest); });
 }
 
 // Queries go to `q`, keys and values to the token's slot, or nowhere.
@@ -80,7 +67,7 @@ void one_head(const RopeAndStoreKv& a, int64_t token, int64_t head, float* scrat
       rotate_head(scratch, row, a.rotary_dim, a.interleaved);
     }
   }
-  store_head(out, scratch, a.head_dim);
+  convert(out, scratch, a.head_dim);
 }
 
 }  // namespace

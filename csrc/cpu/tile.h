@@ -54,11 +54,7 @@ inline const float* widened(float*, const float* rows, int64_t) { return rows; }
 
 template <typename T>
 inline const float* widened(float* scratch, const T* rows, int64_t count) {
-  for_each_vec(
-      count, [&](int64_t i) { store(scratch + i, load(rows + i)); },
-      [&](int64_t i, int64_t rest) {
-        for (int64_t j = i; j < i + rest; ++j) scratch[j] = to_float(rows[j]);
-      });
+  convert(scratch, rows, count);
   return scratch;
 }
 

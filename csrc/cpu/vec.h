@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -214,6 +215,25 @@ inline void for_each_vec(int64_t count, const Full& full, const Partial& partial
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) full(i);
   if (i < count) partial(i, count - i);
+}
+
+// out[i] = f(in[i]...), for [0, count), computed in fp32.
+template <typename Out, typename Function, typename... In>
+inline void map_vecs(Out* out, int64_t count, const Function& f, const In*... in) {
+  for_each_vec(
+      count, [&](int64_t i) { store(out + i, f(load(in + i)...)); },
+      [&](int64_t i, int64_t rest) {
+        store_partial(out + i, f(load_partial(in + i, rest)...), rest);
+      });
+}
+
+template <typename To, typename From>
+inline void convert(To* to, const From* from, int64_t count) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(to, from, count * sizeof(To));
+  } else {
+    map_vecs(to, count, [](Vec v) { return v; }, from);
+  }
 }
 
 // Adds up term(i) over the whole vectors of [0, count), in several chains: shorter chains of

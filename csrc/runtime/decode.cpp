@@ -48,7 +48,7 @@ int64_t DecodeProgram::run(const DecodeRows& rows, const std::vector<LayerCache>
   std::optional<cpu::Team> team;
   std::exception_ptr error;
   int64_t taken = 0;
-  scratch_.resize(Step::scratch_bytes(weights_, rows, count, threads));
+  scratch_.resize(Scratch::bytes(weights_, rows, count, threads));
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp single
