@@ -54,7 +54,7 @@ class ComparisonConfig:
     """Longest answer."""
     temperature: float = 1.0
     """Of sampling; 0: always the likeliest token."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     samples: int = 5
     """Answers shown side by side."""

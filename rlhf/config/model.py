@@ -44,7 +44,7 @@ class ModelConfig:
     """Instead of path: the config of a randomly initialised model, with its model_type."""
     vocab_size: int = 1024
     """With init and no tokenizer: size of a byte-level BPE trained on the SFT data."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters; r above 0 switches them on."""

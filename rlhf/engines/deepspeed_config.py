@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from rlhf.config import Offload, TrainingConfig
+from rlhf.engines.single import FIRST_LOSS_SCALE, LOSS_SCALE_WINDOW
 
 # Sections that our own options decide; DeepSpeed would take them from two places.
 OURS = {
@@ -65,7 +67,12 @@ def deepspeed_config(
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": sharding.dtype == torch.bfloat16},
-        "fp16": {"enabled": sharding.dtype == torch.float16, "initial_scale_power": 16},
+        "fp16": {
+            "enabled": sharding.dtype == torch.float16,
+            "initial_scale_power": round(math.log2(FIRST_LOSS_SCALE)),
+            "loss_scale_window": LOSS_SCALE_WINDOW,
+            "hysteresis": 1,  # overflows until the scale is halved
+        },
         "steps_per_print": None,
     }
     if training.deepspeed_config is None:

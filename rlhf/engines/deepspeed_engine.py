@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import warnings
@@ -21,7 +22,7 @@ from rlhf import distributed
 from rlhf.config import OptimizerConfig
 from rlhf.engines.interface import StepInfo
 from rlhf.engines.schedule import ADAM_BETAS, ADAM_EPS, learning_rate_factor, parameter_groups
-from rlhf.engines.single import check_finite
+from rlhf.engines.single import check_finite, check_scale
 from rlhf.engines.universal import ranks_of, universal
 
 P = ParamSpec("P")
@@ -116,21 +117,27 @@ class DeepSpeedEngine(FrozenDeepSpeedEngine):
         self._engine.clip_fp32_gradients = self._clip
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed averages over the ranks where we add up."""
-        self._engine.backward(loss * distributed.world_size())
+        """DeepSpeed averages over the ranks where we add up; and at stage 0 it scales the gradients
+        of fp16 down after the backward pass, but not the loss up before it."""
+        factor: float = distributed.world_size()
+        if self._zero_stage == 0 and self._engine.fp16_enabled():
+            factor *= self._engine.optimizer.loss_scale
+        self._engine.backward(loss * factor)
 
     def step(self) -> StepInfo:
         factor = learning_rate_factor(self._steps, self._total_steps, self._optimizer)
         learning_rate = self._optimizer.learning_rate * factor
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        scale = self._engine.optimizer.loss_scale if self._engine.fp16_enabled() else None
         self._engine.step()
         self._steps += 1
         norm = self._engine.get_global_grad_norm()
         norm = self._grad_norm if norm is None else float(norm)
-        if not self._engine.fp16_enabled():  # there too large a loss scale skips a step
+        if scale is None:
             check_finite(norm)
-        return StepInfo(learning_rate, norm)
+            return StepInfo(learning_rate, norm)
+        return self._scaled(learning_rate, norm / scale if self._zero_stage == 0 else norm)
 
     def save(self, folder: Path) -> None:
         """Each rank writes its part; frozen weights stay out, they are where the model came from.
@@ -165,6 +172,14 @@ class DeepSpeedEngine(FrozenDeepSpeedEngine):
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
         self._steps = state["steps"]
+
+    def _scaled(self, learning_rate: float, norm: float) -> StepInfo:
+        """Of a step in fp16, which too large a loss scale makes DeepSpeed skip."""
+        scale = float(self._engine.optimizer.loss_scale)
+        if not self._engine.was_step_applied():
+            norm = math.inf
+            check_scale(scale)
+        return StepInfo(learning_rate, norm, scale, self._engine.skipped_steps)
 
     def _clip(self) -> None:
         """Instead of DeepSpeed's at stage 0 in fp32, which tells nobody the norm."""
@@ -233,6 +248,9 @@ def load_deepspeed() -> Any:
         ) from error
     # On a CPU it would compile collectives in shared memory for minutes; gloo has them.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if accelerator.device_name() == "cpu":  # it asks for instructions that torch does without
+        accelerator.is_fp16_supported = lambda: True
     return deepspeed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +21,21 @@ class StepInfo:
     """One optimizer step."""
 
     learning_rate: float
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping; infinite where fp16 made the step be skipped
+    loss_scale: float | None = None  # of the next backward passes; None but in fp16
+    skipped_steps: int = 0  # so far, because the gradient overflowed at its loss scale
+
+    @property
+    def is_skipped(self) -> bool:
+        return not math.isfinite(self.grad_norm)
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """All but the learning rate, by name."""
+        found = {} if self.is_skipped else {f"{prefix}grad_norm": self.grad_norm}
+        if self.loss_scale is not None:
+            found[f"{prefix}loss_scale"] = self.loss_scale
+            found[f"{prefix}skipped_steps"] = float(self.skipped_steps)
+        return found
 
 
 class Engine(Protocol):
@@ -67,7 +82,8 @@ class TrainingEngine(Engine, Protocol):
     def step(self) -> StepInfo:
         """Clip, update, clear the gradients, advance the schedule.
 
-        Raises ValueError when the gradient is not finite.
+        In fp16 a step whose gradient overflows is skipped, and the loss scale halved for the next.
+        Raises ValueError when the gradient is not finite, in fp16 at any scale.
         """
         ...
 

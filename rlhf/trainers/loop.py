@@ -155,7 +155,7 @@ def train_epochs(
             indices = next(batches)
             metrics = train_batch(indices)
             info = engine.step()
-            metrics |= {"lr": info.learning_rate, "grad_norm": info.grad_norm}
+            metrics |= {"lr": info.learning_rate, **info.metrics()}
             if evaluate is not None and (step == steps or step % every == 0):
                 found = evaluate()
                 metrics |= found

@@ -265,8 +265,9 @@ class PPOTrainer:
                 self.actor, coef=config.ptx_coef, micro_batch_size=config.micro_batch_size
             )
             statistics.add_mixture(loss)
-        statistics.actor_step(self.actor.step())
-        if self.average is not None:
+        info = self.actor.step()
+        statistics.actor_step(info)
+        if self.average is not None and not info.is_skipped:
             self.average.update()
 
     def _policy_loss(

@@ -107,11 +107,11 @@ class UpdateStatistics:
         self._mini_batches += 1
 
     def actor_step(self, info: StepInfo) -> None:
-        self._stepped = True
-        self._last |= {"lr": info.learning_rate, "policy/grad_norm": info.grad_norm}
+        self._stepped |= not info.is_skipped
+        self._last |= {"lr": info.learning_rate, **info.metrics("policy/")}
 
     def critic_step(self, info: StepInfo) -> None:
-        self._last |= {"value/lr": info.learning_rate, "value/grad_norm": info.grad_norm}
+        self._last |= {"value/lr": info.learning_rate, **info.metrics("value/")}
 
     def add_up_ranks(self) -> None:
         """Make the sums those of all ranks; call once, after the last micro-batch."""

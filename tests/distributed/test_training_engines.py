@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf import distributed
 from rlhf.config import LoraConfig
+from rlhf.engines import TrainingEngine
 from rlhf.models import add_adapters
 from tests.distributed import training
 from tests.distributed.ranks import run_ranks
 from tests.rlhf.test_engines import count_calls
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def train(
@@ -50,7 +53,7 @@ def persist_nothing(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module", params=[FP32, BF16], ids=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=[FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 def alone(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[torch.dtype, dict[str, Any]]:
@@ -67,8 +70,8 @@ def test_one_process_resumes_bit_for_bit(alone) -> None:
 def test_ranks_train_as_one_process_does(
     alone, persist_nothing: str, tmp_path: Path, zero_stage: int
 ) -> None:
-    """The same up to the order of additions; of bf16, whose gradients are rounded before they are
-    added up, Adam's first steps may turn a gradient near 0 around, lr = 1e-3 each."""
+    """The same up to the order of additions; of 16 bits, whose gradients are rounded before they
+    are added up, Adam's first steps may turn a gradient near 0 around, lr = 1e-3 each."""
     dtype, expected = alone
     options = {"deepspeed_config": persist_nothing, "gradient_checkpointing": zero_stage == 2}
     first, second = run_ranks(train, zero_stage, dtype, options, tmp_path)
@@ -83,6 +86,57 @@ def test_ranks_train_as_one_process_does(
         torch.testing.assert_close(first["weights"][name], weight, rtol=0.01, atol=absolute)
     assert first["again"] == first["history"][2:]
     assert_same(first["resumed"], first["weights"])
+
+
+def overflow(zero_stage: int | None, folder: Path) -> Iterator[dict[str, float] | bool]:
+    """Steps in fp16: one whose loss is too large on the last rank, one after it; then no others."""
+    engine = training.engine_of(training.llama(FP16), zero_stage)
+    yield training.train_step(engine, 0)
+    before = engine.weights()
+    engine.backward(training.negative_logprobs(engine, training.batch(1)) * 1e3 * is_last())
+    yield engine.step().metrics()
+    yield all(torch.equal(weight, before[n]) for n, weight in engine.weights().items())
+    engine.save(folder)
+    yield training.train_step(engine, 1)
+    again = training.engine_of(training.llama(FP16), zero_stage)
+    again.load(folder)
+    yield training.train_step(again, 1)
+    with pytest.raises(ValueError, match="overflows fp16 at any loss scale"):
+        diverge(engine)
+
+
+def diverge(engine: TrainingEngine) -> None:
+    for _ in range(15):  # from a loss scale of 2^15
+        engine.backward(training.negative_logprobs(engine, training.batch(1)) * float("inf"))
+        engine.step()
+
+
+def is_last() -> bool:
+    return distributed.rank() == distributed.world_size() - 1
+
+
+def _overflow(zero_stage: int | None, folder: Path) -> list[Any]:
+    return list(overflow(zero_stage, folder))
+
+
+@pytest.mark.parametrize(
+    "zero_stage",
+    [
+        pytest.param(None, id="plain"),
+        pytest.param(0, id="zero0", marks=pytest.mark.slow),
+        pytest.param(2, id="zero2"),
+        pytest.param(3, id="zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_a_gradient_that_overflows_fp16_is_left_out(tmp_path: Path, zero_stage: int | None) -> None:
+    run = _overflow(None, tmp_path) if zero_stage is None else None
+    for found in [run] if run else run_ranks(_overflow, zero_stage, tmp_path):
+        first, skipped, unchanged, after, again = found
+        assert (first["loss_scale"], first["skipped_steps"]) == (2.0**16, 0.0)
+        assert skipped == {"loss_scale": 2.0**15, "skipped_steps": 1.0}
+        assert unchanged
+        assert (after["loss_scale"], after["skipped_steps"]) == (2.0**15, 1.0)
+        assert after == again
 
 
 def train_twice(zero_stage: int, lora: bool, deepspeed_config: str) -> dict[bool, Any]:

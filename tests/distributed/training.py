@@ -73,7 +73,7 @@ def train_step(engine: TrainingEngine, step: int) -> dict[str, float]:
     return {
         "loss": distributed.total(loss)[0],
         "lr": info.learning_rate,
-        "grad_norm": info.grad_norm,
+        **info.metrics(),
     }
 
 

@@ -301,7 +301,9 @@ PPO: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize("name", PPO)
 def test_ppo_goes_on_bit_for_bit(
     causal_lm, scorer, tokenizer, demonstrations, tmp_path: Path, one_thread, name: str, dtype

@@ -29,6 +29,10 @@ class Weights(nn.Module):
         """A loss whose gradient is `force` everywhere."""
         return (force * self.matrix).sum() + (force * self.vector).sum()
 
+    def pull_in_fp32(self, force: float) -> Tensor:
+        """The same; every loss here is fp32, whatever the weights are."""
+        return (force * self.matrix.float()).sum() + (force * self.vector.float()).sum()
+
 
 def engine_for(module: nn.Module, *, steps: int = 10, **options) -> SingleProcessEngine:
     options = {"learning_rate": LR, "schedule": "constant", "warmup_fraction": 0.0, **options}
@@ -129,6 +133,32 @@ def test_small_steps_add_up_in_bf16() -> None:
     assert float(full.matrix[0, 0].detach()) == pytest.approx(0.99, abs=1e-4)
     assert torch.equal(half.matrix, full.matrix.to(torch.bfloat16))
     assert torch.equal(half.vector, full.vector.to(torch.bfloat16))
+
+
+def test_gradients_too_small_for_fp16_do_not_vanish() -> None:
+    """1e-9 rounds to 0 there; the loss scale brings it into range, and is taken off again."""
+    module = Weights(torch.float16)
+    engine = engine_for(module)
+    engine.backward(module.pull_in_fp32(1e-9))
+    info = engine.step()
+    assert info.grad_norm == pytest.approx(1e-9 * 6**0.5, rel=1e-2)
+    assert info.metrics("policy/") == {
+        "policy/grad_norm": info.grad_norm, "policy/loss_scale": 2.0**16, "policy/skipped_steps": 0,
+    }  # fmt: skip
+
+
+def test_a_step_that_overflows_fp16_leaves_no_trace_but_its_count() -> None:
+    """The next ones are those of an engine that never met it, at half the loss scale."""
+    modules = [Weights(torch.float16) for _ in range(2)]
+    engines = [engine_for(module) for module in modules]
+    for force in (0.5, 10.0, -0.25):  # 10 * 2^16 is beyond fp16
+        for engine in engines[: 2 if force < 10 else 1]:
+            engine.backward(engine.module.pull_in_fp32(force))
+            info = engine.step()
+        if force == 10.0:
+            assert info.is_skipped
+            assert info.metrics() == {"loss_scale": 2.0**15, "skipped_steps": 1.0}
+    assert torch.equal(modules[0].matrix, modules[1].matrix)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
