@@ -51,7 +51,7 @@ class Acceleration:
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls that ran on HF
     _autocast: dict[torch.dtype, HybridEngine] = field(default_factory=dict, repr=False)
 
-    def generate(self, request: Request, device: torch.device) -> Rollout:
+    def generate(self, request: Request, device: torch.device, streamer: Any = None) -> Rollout:
         """Serve a request, and count it. Raises NotServedError if the model cannot be read now."""
         with contextlib.ExitStack() as stack:
             try:
@@ -60,7 +60,11 @@ class Acceleration:
                     stack.enter_context(engine.rollout())
             except ValueError as error:
                 raise NotServedError(str(error)) from error
+            if streamer is not None and engine.in_lockstep:
+                raise NotServedError("a streamer, where ranks generate together")
             self.served += 1
+            if streamer is not None:
+                return _streamed(engine, request, streamer)
             return engine.generate(request.prompts, request.params, seeds=request.seeds())
 
     def _serving(self, device: torch.device) -> HybridEngine:
@@ -171,7 +175,7 @@ class _AcceleratedGeneration:
                 self, input_ids, logits_processor, stopping_criteria, generation_config,
                 streamer, model_kwargs, max_positions=state.engine.max_positions,
             )  # fmt: skip
-            rollout = state.generate(request, input_ids.device)
+            rollout = state.generate(request, input_ids.device, streamer)
         except NotServedError as error:
             _count_fallback(state, str(error))
             return super()._sample(  # type: ignore[misc]
@@ -242,6 +246,20 @@ class _AcceleratedGeneration:
         # pickle's usual constructor insists on the class that the object has now
         constructor = (copyreg._reconstructor, (_plain_class(type(self)), object, None))  # type: ignore[attr-defined]
         return (*constructor, *state[2:])
+
+
+def _streamed(engine: HybridEngine, request: Request, streamer: Any) -> Rollout:
+    """HF's streamer gets each token, (1,), as it is sampled."""
+    loop = engine.start(request.prompts, request.params, seeds=request.seeds())
+    sent = 0
+    while not loop.done:
+        loop.step()
+        length = int(loop.lengths[0])
+        for token in loop.tokens[0, sent:length].cpu().split(1):
+            streamer.put(token)
+        sent = length
+    streamer.end()
+    return loop.rollout()
 
 
 def _sequences(rollout: Rollout, input_ids: Tensor, pad_token_id: int) -> Tensor:

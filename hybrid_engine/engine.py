@@ -68,6 +68,11 @@ class HybridEngine:
         """Whether `rollout()` is entered."""
         return self._in_rollout
 
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether ranks that share or stream their weights generate together in this rollout."""
+        return self._joint is not None and self._joint.in_lockstep
+
     def rollout_parameters(self) -> dict[str, nn.Parameter]:
         """What a rollout reads, by the model's names: the live parameters, or a copy of them.
 
@@ -130,7 +135,11 @@ class HybridEngine:
         return requests.own_part(loop.rollout())
 
     def start(
-        self, prompts: list[list[int]], params: SamplingParams | None = None
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | None = None,
+        *,
+        seeds: list[int] | None = None,
     ) -> GenerationLoop:
         """As `generate`, but the caller takes the steps, and may cancel responses between them.
 
@@ -138,13 +147,13 @@ class HybridEngine:
         """
         if not self._in_rollout:
             raise RuntimeError("start() works inside `with engine.rollout():`")
-        if self._joint and self._joint.in_lockstep:
+        if self.in_lockstep:
             raise RuntimeError(
                 "start() and stream() are for a rank that generates alone; ranks that share or "
                 "stream their weights generate together: call generate()"
             )
         params = params or SamplingParams()
-        loop = self._start(self._requests(prompts, params), params)
+        loop = self._start(self._requests(prompts, params, seeds), params)
         self._cache = None  # this loop's alone: other calls may come between two steps
         return loop
 

@@ -73,9 +73,11 @@ def read_request(
 ) -> Request:
     """A call of HF's decoding loop, for an engine of so many positions. Raises NotServedError."""
     _check_model(model)
-    _check_outputs(model, config, streamer, model_kwargs)
+    _check_outputs(model, config, model_kwargs)
     mask = model_kwargs.get("attention_mask")
     prompts = _prompts(input_ids, mask)
+    if streamer is not None and len(prompts) > 1:
+        raise NotServedError("a streamer for several sequences")
     _check_positions(model_kwargs.get("position_ids"), mask, input_ids)
     width = input_ids.shape[1]
     options = _stopping_options(criteria, width, head_rows(model))
@@ -161,10 +163,8 @@ def _drops(module: nn.Module) -> bool:
 
 
 def _check_outputs(
-    model: nn.Module, config: GenerationConfig, streamer: Any, model_kwargs: dict[str, Any]
+    model: nn.Module, config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
-    if streamer is not None:
-        raise NotServedError("a streamer")
     if (config.output_scores or config.output_logits) and sharded_parameters(model) is not None:
         # they are computed when they are read, by a forward in which every rank would have to join
         raise NotServedError("scores of a model that ZeRO-3 partitions")

@@ -122,3 +122,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(KVCache, "__init__", poisoned_cache)
     monkeypatch.setattr(Rows, "__init__", poisoned_rows)
+
+
+@pytest.fixture
+def model(build: Builder) -> Any:
+    return build("llama")

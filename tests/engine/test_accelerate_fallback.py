@@ -1,0 +1,150 @@
+"""What the engine does not serve runs on HF's own loop, and says so."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import hybrid_engine as he
+from hybrid_engine.speedup import plain_generation
+from tests.engine.accelerated import IDS, MASK, OPTIONS, served
+
+
+class Unknown:
+    """A logits processor that the engine cannot know."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+FALLBACKS: dict[str, tuple[dict[str, Any], str]] = {
+    "beams": ({"num_beams": 2}, "beam search"),
+    "sampled_beams": ({"num_beams": 2, "do_sample": True, "top_k": 1}, "beam search"),
+    "prompt_lookup": ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
+    "hidden_states": (
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+        "output_hidden_states",
+    ),
+    "no_repeat_ngram": ({"no_repeat_ngram_size": 2}, "logits processor NoRepeatNGram"),
+    "processor": ({"logits_processor": [Unknown()]}, "logits processor Unknown"),
+    "positions": ({"max_new_tokens": 124}, "may need 129 positions of 128"),
+    "inputs_embeds": ({"inputs_embeds": torch.ones(1, 5, 48)}, "model argument inputs_embeds"),
+    "max_time": ({"max_time": 100.0}, "stopping criterion MaxTimeCriteria"),
+}
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_what_is_not_served_goes_to_hf_and_says_so_once(model: Any, name: str) -> None:
+    options, reason = FALLBACKS[name]
+    options = {"attention_mask": MASK[1:], "max_new_tokens": 12, "do_sample": False, **options}
+    torch.manual_seed(0)
+    expected = model.generate(IDS[1:], **options)
+    he.accelerate(model)
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match=reason):
+        output = model.generate(IDS[1:], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.generate(IDS[1:], **options)
+    tokens = output if isinstance(output, torch.Tensor) else output.sequences
+    reference = expected if isinstance(expected, torch.Tensor) else expected.sequences
+    assert torch.equal(tokens, reference)
+    state = he.acceleration(model)
+    assert state is not None
+    assert state.served == 0
+    assert list(state.fallbacks.values()) == [2]
+
+
+def test_assistant_model_goes_to_hf(model: Any, build) -> None:
+    options = {"do_sample": False, "attention_mask": MASK[1:], "max_new_tokens": 12}
+    expected = model.generate(IDS[1:], **options)
+    he.accelerate(model)
+    with pytest.warns(RuntimeWarning, match="assisted decoding"):
+        found = model.generate(IDS[1:], assistant_model=build("llama"), **options)
+    assert torch.equal(found, expected)
+
+
+def test_a_streamer_for_several_sequences_goes_to_hf(model: Any) -> None:
+    class Steps(list[torch.Tensor]):
+        def put(self, tokens: torch.Tensor) -> None:
+            self.append(tokens)
+
+        def end(self) -> None:
+            pass
+
+    he.accelerate(model)
+    steps = Steps()
+    with pytest.warns(RuntimeWarning, match="streamer for several sequences"):
+        found = model.generate(IDS, streamer=steps, do_sample=False, **OPTIONS)
+    assert torch.equal(torch.stack(steps[1:], 1), found[:, 5:])
+
+
+def test_active_dropout_goes_to_hf(build) -> None:
+    model = he.accelerate(build("gpt2", attn_pdrop=0.1))
+    model.train()
+    with pytest.warns(RuntimeWarning, match="dropout is active"):
+        model.generate(IDS, do_sample=False, **OPTIONS)
+    model.eval().generate(IDS, do_sample=False, **OPTIONS)
+    assert served(model) == 1
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt_neox", "bloom", "llama"])
+def test_dropout_without_a_dropout_module_goes_to_hf(build, family: str) -> None:
+    """OPT and others keep a rate and call functional dropout."""
+    rates = {"llama": "attention_dropout", "opt": "dropout", "bloom": "hidden_dropout"}
+    model = he.accelerate(build(family, **{rates.get(family, "hidden_dropout"): 0.1})).train()
+    with pytest.warns(RuntimeWarning, match="dropout is active"):
+        model.generate(IDS, do_sample=False, **OPTIONS)
+
+
+def test_own_position_ids_go_to_hf(model: Any) -> None:
+    positions = torch.tensor([[0, 0, 5, 6, 7], [2, 3, 4, 5, 6]])
+    expected = model.generate(IDS, position_ids=positions, do_sample=False, **OPTIONS)
+    he.accelerate(model)
+    with pytest.warns(RuntimeWarning, match="position_ids of its own"):
+        found = model.generate(IDS, position_ids=positions, do_sample=False, **OPTIONS)
+    assert torch.equal(found, expected)
+
+
+def test_a_layer_that_is_changed_later_goes_to_hf(model: Any) -> None:
+    """As an adapter of an unknown kind: it is never ignored, and the script goes on."""
+
+    class Doubled(nn.Module):
+        def __init__(self, wrapped: nn.Module) -> None:
+            super().__init__()
+            self.wrapped = wrapped
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.wrapped(x)
+
+    he.accelerate(model)
+    model.model.layers[1].mlp.down_proj = Doubled(model.model.layers[1].mlp.down_proj)
+    with pytest.warns(RuntimeWarning, match="own loop.*found Doubled"):
+        found = model.generate(IDS, do_sample=False, **OPTIONS)
+    assert served(model) == 0
+    with plain_generation(model):
+        assert torch.equal(model.generate(IDS, do_sample=False, **OPTIONS), found)
+    model.model.layers[1].mlp.down_proj = model.model.layers[1].mlp.down_proj.wrapped
+    model.generate(IDS, do_sample=False, **OPTIONS)
+    assert served(model) == 1
+
+
+def test_encoder_decoder_stays_with_hf() -> None:
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(config)
+    with pytest.warns(RuntimeWarning, match="T5.* is not accelerated.*'t5'"):
+        he.accelerate(model)
+    assert he.acceleration(model) is None
+
+
+def test_unknown_family_stays_with_hf() -> None:
+    with pytest.warns(RuntimeWarning, match="not accelerated.*does not know"):
+        he.accelerate(nn.Linear(2, 2))
