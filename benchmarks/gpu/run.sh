@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, phase by phase.
 #   benchmarks/gpu/run.sh PHASE FOLDER
-#   build     the CUDA library, and the driver for compute-sanitizer
+#   build     the CUDA library, and what compute-sanitizer runs
 #   test      pytest -m gpu, and compute-sanitizer over the kernels
 #   ops       every op against torch
 #   generate  rollouts against the peers that are installed: 1.3B, 1B, 7B; short, long, natural
@@ -30,7 +30,8 @@ python=${PYTHON:-python3}
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/nvcc}
 nvcc=${nvcc:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 sanitizer=$(command -v compute-sanitizer || echo "$(dirname "$nvcc")/compute-sanitizer")
-families="norm activation rope attention linear sampling gather advantage"
+families="norm activation rope sampling gather advantage"
+model_families="attention linear"
 target=native
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HYBRID_ENGINE_NATIVE=require
 parts=()
@@ -55,12 +56,18 @@ print(library, library.with_name("build.log").read_text(), sep="\n")
 PYTHON
 }
 
-# What compute-sanitizer runs: the kernels and a driver, without torch.
+# What compute-sanitizer runs: the kernels and two drivers, without torch.
+build_drivers() {
+  build_driver memory_check $families && build_driver memory_check_model $model_families
+}
+
+# build_driver NAME FAMILY...
 build_driver() {
-  local sources=()
-  for family in $families; do sources+=("csrc/cuda/$family.cu"); done
+  local name=$1 family sources=()
+  shift
+  for family in "$@"; do sources+=("csrc/cuda/$family.cu"); done
   "$nvcc" -std=c++17 -O2 -lineinfo -arch="$target" --threads 0 -DHE_DEVICE=cuda -Icsrc \
-    "${sources[@]}" tests/cuda/memory_check{,_model}.cu -o "$scratch/memory_check"
+    "${sources[@]}" "tests/cuda/$name.cu" -o "$scratch/$name"
 }
 
 # sanitize TOOL...: each over every family; racecheck is slow, so it gets small shapes.
@@ -70,15 +77,19 @@ sanitize() {
     echo "no compute-sanitizer on PATH or beside nvcc: install it with the CUDA toolkit"
     return 1
   fi
-  build_driver || return
+  build_drivers || return
   for tool in "$@"; do
-    for family in $families; do
-      echo "== $tool $family"
-      "$sanitizer" --tool "$tool" --error-exitcode 9 "$scratch/memory_check" "$family" \
-        $([[ $tool == racecheck ]] && echo quick) || status=1
-    done
+    for family in $families; do watch memory_check; done
+    for family in $model_families; do watch memory_check_model; done
   done
   return $status
+}
+
+# watch PROGRAM: one tool over one family, both of sanitize.
+watch() {
+  echo "== $tool $family"
+  "$sanitizer" --tool "$tool" --error-exitcode 9 "$scratch/$1" "$family" \
+    $([[ $tool == racecheck ]] && echo quick) || status=1
 }
 
 # Also where some module that a test imports is missing: the other tests run.
@@ -86,8 +97,8 @@ run_tests() {
   "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors
 }
 
-export -f build_library build_driver sanitize run_tests
-export python nvcc sanitizer families target scratch
+export -f build_library build_drivers build_driver sanitize watch run_tests
+export python nvcc sanitizer families model_families target scratch
 
 finish() {
   local joined
@@ -105,7 +116,7 @@ bench() {
 
 run_build() {
   part build 300 build_library
-  part driver 150 build_driver
+  part drivers 150 build_drivers
 }
 
 run_test() {

@@ -1,15 +1,6 @@
-// Launches the kernels of every op family on each of their paths, for the tools that watch memory:
-// AddressSanitizer and ThreadSanitizer under the emulator, compute-sanitizer on a GPU. Other tests
-// compare the results.
-//   memory_check FAMILY [quick]
-#include <cstdio>
-
-#include "buffers.h"
+// Launches the kernels of the smaller op families on each of their paths, see memory_check.h. Other
+// tests compare the results.
 #include "memory_check.h"
-
-#ifdef HE_CUDA_EMULATOR
-extern "C" int he_emulator_configure(int order, uint64_t seed, int async_policy);
-#endif
 
 namespace he::cuda {
 namespace {
@@ -167,38 +158,16 @@ void advantages(DType, bool) {
   }
 }
 
-void run(const std::string& family, DType dtype, bool quick) {
-  if (family == "norm") return norms(dtype, quick);
-  if (family == "activation") return activations(dtype, quick);
-  if (family == "rope") return ropes(dtype, quick);
-  if (family == "sampling") return samples(dtype, quick);
-  if (family == "gather") return gathers(dtype, quick);
-  if (family == "advantage") return advantages(dtype, quick);
-  if (family == "attention") return check_attention(dtype, quick);
-  if (family == "linear") return check_linear(dtype, quick);
-  throw std::runtime_error("no family " + family);
-}
-
 }  // namespace
 }  // namespace he::cuda
 
 int main(int count, char** arguments) {
-  if (count < 2) {
-    std::fputs("usage: memory_check FAMILY [quick]\n", stderr);
-    return 2;
-  }
-#ifdef HE_CUDA_EMULATOR
-  constexpr int kGreedy = 3, kLate = 0;  // one warp as far as it gets, copies as late as they may
-  he_emulator_configure(kGreedy, 0, kLate);
-#endif
-  try {
-    const bool quick = count > 2;
-    he::cuda::run(arguments[1], he::DType::kBFloat16, quick);
-    if (!quick) he::cuda::run(arguments[1], he::DType::kFloat32, quick);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
-  }
-  std::puts("done");
-  return 0;
+  using namespace he::cuda;
+  return check_memory(count, arguments,
+                      {{"norm", norms},
+                       {"activation", activations},
+                       {"rope", ropes},
+                       {"sampling", samples},
+                       {"gather", gathers},
+                       {"advantage", advantages}});
 }

@@ -16,7 +16,7 @@ import torch
 from rlhf.bench.peers import find_peer
 from rlhf.cli.bench import bench_parser
 from rlhf.plan.known import known_config
-from tests.cuda.test_memory import FAMILIES
+from tests.cuda.test_memory import FAMILIES, PROGRAMS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks/gpu/run.sh"
@@ -44,9 +44,9 @@ def test_every_benchmark_of_the_script_is_a_command_that_parses() -> None:
 
 
 def test_every_family_of_kernels_is_watched() -> None:
-    (families,) = re.findall(r'^families="(.+)"$', SCRIPT.read_text(), re.MULTILINE)
-    assert sorted(families.split()) == sorted(path.stem for path in ROOT.glob("csrc/cuda/*.cu"))
-    assert sorted(FAMILIES) == sorted(families.split())
+    lists = re.findall(r'families="(.+)"$', SCRIPT.read_text(), re.MULTILINE)
+    assert [tuple(names.split()) for names in lists] == list(PROGRAMS.values())
+    assert sorted(FAMILIES) == sorted(path.stem for path in ROOT.glob("csrc/cuda/*.cu"))
 
 
 def test_every_phase_ends_inside_ten_minutes() -> None:
