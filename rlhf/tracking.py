@@ -17,9 +17,9 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from rlhf import distributed
 from rlhf.files import finished_file
@@ -98,16 +98,19 @@ def read_history(path: Path) -> list[dict[str, float]]:
 
 
 class ProgressBar:
-    """A bar with steps, tokens per second, time left, and the metrics worth watching."""
+    """A bar with steps, tokens per second, time left, and the metrics worth watching.
+
+    The bar itself gives way where a terminal is narrow: 80 columns hold the rest.
+    """
 
     def __init__(self, title: str, steps: int, console: Console, *, done: int = 0) -> None:
+        whole = Column(no_wrap=True)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=None, table_column=Column(max_width=24)),
+            MofNCompleteColumn(table_column=whole),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=whole),
             TextColumn("{task.fields[status]}"),
             console=console,
         )
@@ -115,11 +118,12 @@ class ProgressBar:
         self._tokens = 0
 
     def advance(self, *, tokens: int, **watched: float) -> None:
+        """One step more; of `watched` the first two are shown."""
         self._tokens += tokens
         self._progress.advance(self._task)
         elapsed = self._progress.tasks[0].elapsed or 1e-9
         parts = [f"{self._tokens / elapsed:,.0f} tokens/s"]
-        parts += [f"{name} {value:.3f}" for name, value in watched.items()]
+        parts += [f"{name} {value:.3f}" for name, value in list(watched.items())[:2]]
         self._progress.update(self._task, status="  ".join(parts))
 
     def __enter__(self) -> ProgressBar:
