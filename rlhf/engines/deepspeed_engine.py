@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf import distributed
@@ -212,12 +213,25 @@ def _initialise(
 ) -> Any:
     deepspeed = load_deepspeed()
     if not deepspeed.comm.is_initialized():
+        if "RANK" not in os.environ and not dist.is_initialized():
+            _form_group_of_one()
         deepspeed.init_distributed(verbose=False)
     engine, *_ = deepspeed.initialize(model=caller, optimizer=optimizer, config=config)
     if config["zero_optimization"]["stage"] == 3:
         for parameter in caller.read_by_functions():
             deepspeed.zero.register_external_parameter(caller, parameter)
     return engine
+
+
+def _form_group_of_one() -> None:
+    """For a process that nobody launched. DeepSpeed by itself would ask MPI who it is, and reads
+    the variables of a launcher again later."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    os.environ |= {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+    }  # fmt: skip
 
 
 def _adam(

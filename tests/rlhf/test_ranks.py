@@ -125,3 +125,18 @@ def test_impossible_numbers_of_processes(count: str, capsys) -> None:
         main(["sft", "--nproc", count])
     assert exit.value.code == 2
     assert "nproc" in capsys.readouterr().err
+
+
+def test_zero_on_one_process(tmp_path: Path) -> None:
+    """Nobody launched it; DeepSpeed would ask MPI who it is."""
+    command = [
+        sys.executable, "-m", "rlhf.cli.main", "sft", "--config", str(write_config(tmp_path)),
+        "--output_dir", str(tmp_path / "out"), "--zero_stage", "3",
+    ]  # fmt: skip
+    alone = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=150,
+        env={**alone, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "sft" / "config.json").exists()
