@@ -18,7 +18,6 @@ from rlhf.data.batching import (
     length_mask,
 )
 from rlhf.data.blend import DataBlend, blend
-from rlhf.data.cache import tokenizer_digest
 from rlhf.data.encoding import (
     Demonstration,
     Preference,
@@ -49,7 +48,9 @@ from rlhf.data.split import Share, Split, shares_of
 from rlhf.data.synthetic import answer_quality, quality
 from rlhf.data.tokenizer import (
     DEFAULT_CHAT_TEMPLATE,
+    check_chat_template,
     load_tokenizer,
+    other_tokenizer,
     prepare_tokenizer,
     read_chat_template,
     train_tokenizer,
@@ -69,6 +70,7 @@ __all__ = [
     "Split",
     "answer_quality",
     "blend",
+    "check_chat_template",
     "collate_right",
     "decode_completion",
     "detect_format",
@@ -82,6 +84,7 @@ __all__ = [
     "length_mask",
     "load_rows",
     "load_tokenizer",
+    "other_tokenizer",
     "parse_dialogue",
     "prepare_tokenizer",
     "quality",
@@ -92,6 +95,5 @@ __all__ = [
     "to_demonstration",
     "to_preference",
     "to_prompt",
-    "tokenizer_digest",
     "train_tokenizer",
 ]

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf.data.cache import tokenizer_digest
 from rlhf.data.names import first_line, looks_local, missing_path
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -118,9 +119,11 @@ def load_tokenizer(
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source))
     except (OSError, ValueError) as error:
         tried = "this folder" if path.is_dir() else "the Hugging Face hub and its local cache"
+        hint += " that this machine can reach or has cached"
+        if inner := sorted(file.parent.name for file in path.glob("*/config.json")):
+            hint = f"Give the model in it that you mean: {', '.join(inner)}"
         raise ValueError(
-            f"no tokenizer {str(name)!r}; tried {tried}: {first_line(error)}. {hint} that this"
-            " machine can reach or has cached"
+            f"no tokenizer {str(name)!r}; tried {tried}: {first_line(error)}. {hint}"
         ) from error
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
@@ -147,6 +150,31 @@ def read_chat_template(template: str) -> str:
     if "{" not in text:
         raise ValueError(f"chat_template: {template!r} holds no Jinja template")
     return text
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a template that leaves out what is said: Jinja writes "" for a name that
+    it does not know."""
+    said = {"user": "a question", "assistant": "an answer"}
+    dialogue = [{"role": role, "content": content} for role, content in said.items()]
+    try:
+        text = str(tokenizer.apply_chat_template(dialogue, tokenize=False))
+    except (TemplateError, ValueError):  # the error comes, with its row, where rows are rendered
+        return
+    for role, content in said.items():
+        if content not in text:
+            raise ValueError(
+                f"chat_template leaves out what the {role} says: it has to write each message's"
+                " 'role' and 'content'"
+            )
+
+
+def other_tokenizer(
+    name: str | Path, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None if it gives the same ids as this one."""
+    own = load_tokenizer(name)
+    return None if tokenizer_digest(own) == tokenizer_digest(tokenizer) else own
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:

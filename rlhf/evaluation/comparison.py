@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -12,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ComparisonConfig
-from rlhf.data import DataBlend, load_tokenizer
+from rlhf.data import DataBlend, load_tokenizer, other_tokenizer
 from rlhf.data.formats import last_content
 from rlhf.engines import PlainEngine
 from rlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
@@ -96,23 +95,30 @@ def _evaluate(
     prompts: Dataset,
 ) -> PolicyEvaluation:
     metric = config.metric and load_function(config.metric, option="metric")
-    return evaluate_policy(
+    found = evaluate_policy(
         PlainEngine(_model(config, path, tokenizer)), PlainEngine(reference), reward, tokenizer,
         prompts, max_new_tokens=config.max_new_tokens, metric=metric or None,
         temperature=config.temperature, seed=config.seed,
     )  # fmt: skip
+    if all(map(math.isnan, found.scores)):
+        raise ValueError(
+            f"the reward skipped all {len(found.scores)} answers of {path} (None from every reward "
+            "function): nothing is judged"
+        )
+    return found
 
 
 def _reward(config: ComparisonConfig, tokenizer: PreTrainedTokenizerBase) -> Reward:
-    model: Any = None
+    model, own = None, None
     if config.reward_path is not None:
-        _same_tokenizer(config.reward_path, tokenizer, config.policy)
-        model = load_scorer(config.reward_path, tokenizer, dtype=_dtype(config))
+        own = other_tokenizer(config.reward_path, tokenizer)
+        model = load_scorer(config.reward_path, own or tokenizer, dtype=_dtype(config))
     return Reward(
         [load_function(path, option="reward_functions") for path in config.reward_functions],
         weights=config.reward_weights,
         model=model,
         model_weight=config.reward_model_weight if config.reward_functions else 1.0,
+        model_tokenizer=own,
     )
 
 

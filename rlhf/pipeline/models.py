@@ -10,10 +10,11 @@ from rlhf import distributed
 from rlhf.config import ModelConfig
 from rlhf.data import (
     DataBlend,
+    check_chat_template,
     load_tokenizer,
+    other_tokenizer,
     read_chat_template,
     texts_of,
-    tokenizer_digest,
     train_tokenizer,
 )
 from rlhf.models import add_adapters, build_causal_lm, load_causal_lm, load_critic, load_scorer
@@ -34,6 +35,8 @@ def first_model(
             "random weights"
         )
     tokenizer = _first_tokenizer(config, data)
+    if config.chat_template is not None:
+        check_chat_template(tokenizer)
     if config.init is not None:
         return build_causal_lm(config.init, tokenizer, dtype=dtype), tokenizer
     assert config.path is not None
@@ -46,7 +49,7 @@ def load_reward(run: Workspace, tokenizer: PreTrainedTokenizerBase) -> Reward:
     config, path = run.config.ppo, _reward_path(run)
     model, own = None, None
     if path is not None:
-        own = _other_tokenizer(path, tokenizer)
+        own = other_tokenizer(path, tokenizer)
         model = load_scorer(path, own or tokenizer, dtype=run.dtype)
     functions = config.reward_functions
     return Reward(
@@ -71,14 +74,14 @@ def load_critic_of(
 def critic_path(run: Workspace, actor_path: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The given one, else the reward model if it reads the actor's tokens, else the actor."""
     if given := run.config.ppo.critic_path:
-        if _other_tokenizer(given, tokenizer) is not None:
+        if other_tokenizer(given, tokenizer) is not None:
             raise ValueError(
                 f"the critic {given} has another tokenizer than the actor {actor_path}: it has "
                 "to read the actor's tokens; give one from the same base model, or none"
             )
         return given
     path = _reward_path(run)
-    if path is None or _other_tokenizer(path, tokenizer) is not None:
+    if path is None or other_tokenizer(path, tokenizer) is not None:
         return actor_path
     return path
 
@@ -101,11 +104,3 @@ def _first_tokenizer(config: ModelConfig, data: DataBlend) -> PreTrainedTokenize
     return distributed.decided_by_first(
         lambda: train_tokenizer(texts, vocab_size=config.vocab_size, chat_template=template)
     )
-
-
-def _other_tokenizer(
-    path: str, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder; None if it gives the same ids as this one."""
-    own = load_tokenizer(path)
-    return None if tokenizer_digest(own) == tokenizer_digest(tokenizer) else own

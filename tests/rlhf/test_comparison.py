@@ -138,3 +138,32 @@ def test_judged_by_a_reward_model_too(folders, scorer, tokenizer, tmp_path: Path
     alone = compare(configuration(folders, prompts=4))
     difference = torch.tensor(found.a.scores) - torch.tensor(alone.a.scores)
     assert (difference.abs() > 1e-4).any()
+
+
+def test_judged_by_a_reward_model_with_words_of_its_own(folders, scorer, tmp_path: Path) -> None:
+    """As in PPO: it reads the text, encoded anew."""
+    from rlhf.data import encode_answers, train_tokenizer
+    from rlhf.models import sequence_scores
+
+    other = train_tokenizer(["quite another text, with words"], vocab_size=290)
+    judge = scorer(vocab_size=290, seed=2)
+    save_model(judge, other, tmp_path / "judge")
+    found = compare(
+        configuration(
+            folders, against=None, reward_functions=[], reward_path=str(tmp_path / "judge")
+        )
+    )
+    heldout = load_rows("arithmetic", purpose="prompts", split="test", max_rows=20)
+    for prompt, answer, score in zip(
+        heldout["prompt"], found.a.completions, found.a.scores, strict=False
+    ):
+        (ids,) = encode_answers([{"prompt": prompt, "completion": answer}], other)
+        with torch.no_grad():
+            expected = sequence_scores(judge, torch.tensor([ids]), torch.tensor([len(ids)]))
+        assert score == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_all_answers_skipped(folders, tmp_path: Path) -> None:
+    (tmp_path / "none.py").write_text("def none(prompts, completions): return [None]")
+    with pytest.raises(ValueError, match=r"skipped all 12 answers of .*model0"):
+        compare(configuration(folders, reward_functions=[f"{tmp_path}/none.py:none"]))
