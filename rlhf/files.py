@@ -9,6 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def make_folder(path: Path) -> None:
+    """With those above it, if it is not there. Raises OSError that says what to do."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"cannot write into the folder {path} ({error.strerror}): give another output_dir"
+        ) from error
+
+
 @contextlib.contextmanager
 def finished_directory(path: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `path` only when the block ends well."""

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Column
 
 from rlhf import distributed
-from rlhf.files import finished_file
+from rlhf.files import finished_file, make_folder
 
 
 class Tracker:
@@ -39,6 +39,7 @@ class Tracker:
         self.history: list[dict[str, float]] = []
         if not distributed.is_first():
             return
+        make_folder(folder)
         board = folder / "tensorboard" / name
         board.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{name}.jsonl"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import traceback
+import typing
 from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -15,7 +17,7 @@ from rlhf.cli.bench import bench, bench_parser
 from rlhf.cli.deepspeed_chat import as_lists
 from rlhf.cli.evaluate import eval_parser, evaluate
 from rlhf.cli.plan import plan, plan_parser
-from rlhf.config import RunConfig
+from rlhf.config import ComparisonConfig, RunConfig
 
 STEPS = {
     "run": "all three steps: SFT, reward model, PPO, and the report",
@@ -91,6 +93,7 @@ def _dispatch(
         )
         return 0
     if command == "eval":
+        _check_sections(ComparisonConfig, arguments.eval)
         evaluate(parser.instantiate(arguments)[command])
         return 0
     if command == "plan":
@@ -99,6 +102,7 @@ def _dispatch(
     if command == "bench":
         bench(arguments.bench)
         return 0
+    _check_sections(RunConfig, arguments[command])
     options = parser.instantiate(arguments)[command]
     config = _run_config(options)
     if options.nproc > 1 and not ranks.is_launched():
@@ -117,6 +121,19 @@ def _dispatch(
 def _run_config(options: Namespace) -> RunConfig:
     names = RunConfig.__dataclass_fields__
     return RunConfig(**{name: options[name] for name in names})
+
+
+def _check_sections(kind: type, given: Namespace, prefix: str = "") -> None:
+    """A YAML may hold anything where a section belongs: raise ValueError for all but a section."""
+    for name, type_ in typing.get_type_hints(kind).items():
+        if not dataclasses.is_dataclass(type_):
+            continue
+        if not isinstance(given[name], Namespace):
+            raise ValueError(
+                f"{prefix}{name}: expected a section with options of its own, got "
+                f"{given[name]!r}; leave it out for the defaults"
+            )
+        _check_sections(typing.cast(type, type_), given[name], f"{prefix}{name}.")
 
 
 def _chat_parser() -> ArgumentParser:

@@ -45,3 +45,5 @@ class DPOConfig:
         )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("label_smoothing is for the loss sigmoid; ipo has none")

@@ -54,3 +54,8 @@ class ModelConfig:
             raise ValueError("model.path and model.init exclude each other; give one")
         if self.init is not None and "model_type" not in self.init:
             raise ValueError('model.init needs a model_type, such as {"model_type": "llama"}')
+        if self.eos_token is not None and self.path is None and self.tokenizer is None:
+            raise ValueError(
+                "model.eos_token names a token of a tokenizer: give model.tokenizer too, or leave "
+                "it out; a tokenizer that is trained here has its own EOS"
+            )

@@ -105,7 +105,7 @@ class PPOConfig:
         positive(
             self, "iterations", "batch_size", "mini_batches", "epochs", "micro_batch_size",
             "max_new_tokens", "temperature", "cliprange", "cliprange_value", "reward_clip",
-            "kl_horizon", "kl_limit", "samples_per_prompt",
+            "kl_horizon", "kl_limit", "kl_target", "samples_per_prompt",
         )  # fmt: skip
         fraction(self, "gamma", "lam")
         not_negative(self, "kl_coef", "entropy_coef", "ptx_coef", "top_k", "critic_warmup")

@@ -6,6 +6,7 @@ is the source's own test split, or else the rows whose prompt falls into a fixed
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -133,23 +134,31 @@ def _canonical(rows: Dataset, purpose: Purpose, name: str) -> Dataset:
     form = detect_format(rows.column_names, purpose=purpose)
     consumed = {*FORMATS[form], "chosen", "rejected", "messages"} - {"answer", "completion"}
     extra = [c for c in rows.column_names if c not in consumed] if purpose == "prompts" else []
-    convert = _CONVERTERS[purpose]
-    first = next((row for row in map(convert, rows) if row is not None), None)
+
+    def convert(number: int, row: Row) -> Row | None:
+        try:
+            return _CONVERTERS[purpose](row)
+        except ValueError as error:
+            raise ValueError(f"{name!r}, row {number}: {error}") from error
+
+    first = next((row for row in itertools.starmap(convert, enumerate(rows, 1)) if row), None)
     if first is None:
         raise ValueError(
             f"{name!r} has nothing to learn from: in all its {len(rows)} rows the prompt or the"
-            " completion is empty, or the two completions are the same"
+            " completion is empty, or the two completions are the same or have no common beginning"
+            " that could be their prompt"
         )
     features = Features({column: rows.features[column] for column in extra})
     for column, cell in first.items():
         features[column] = _TYPES[type(cell)]
     dropped: Counter[str] = Counter()
+    numbers = itertools.count(1)
 
     def convert_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         converted: list[Row] = []
         for cells in zip(*batch.values(), strict=True):
             row = dict(zip(batch, cells, strict=True))
-            canonical = convert(row)
+            canonical = convert(next(numbers), row)
             if canonical is None:
                 dropped["rows"] += 1
             else:

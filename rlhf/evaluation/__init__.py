@@ -2,7 +2,7 @@
 
 from rlhf.evaluation.comparison import Comparison, WinRate, compare, win_rate
 from rlhf.evaluation.comparison_report import write_comparison
-from rlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
+from rlhf.evaluation.policy import PolicyEvaluation, evaluate_policy, try_metric
 from rlhf.evaluation.report import RunReport, write_report
 from rlhf.evaluation.throughput import Throughput, compare_with_hf_generate
 
@@ -15,6 +15,7 @@ __all__ = [
     "compare",
     "compare_with_hf_generate",
     "evaluate_policy",
+    "try_metric",
     "win_rate",
     "write_comparison",
     "write_report",

@@ -14,12 +14,12 @@ from rich.table import Table
 
 from rlhf.evaluation.comparison import Comparison
 from rlhf.evaluation.policy import PolicyEvaluation
-from rlhf.files import finished_file
+from rlhf.files import finished_file, make_folder
 
 
 def write_comparison(found: Comparison, folder: Path, console: Console, *, samples: int) -> None:
     """Write the three files and print the table. Raises OSError where they cannot be written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     header, rows = comparison_rows(found)
     plot_comparison(found, folder / "eval.png")
     _write(folder / "eval.json", json.dumps(_record(found), indent=2) + "\n")

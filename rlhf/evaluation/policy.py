@@ -78,6 +78,14 @@ def evaluate_policy(
     return _measured(rollout, scores, kl, tokenizer, prompts, metric)
 
 
+def try_metric(metric: RewardFunction | None, prompts: Dataset) -> None:
+    """Call a metric with an empty answer to one prompt, so that it fails before training if at all.
+
+    Raises FunctionError.
+    """
+    _sum_of_metric(metric, prompts.select([0]), [""])
+
+
 def _sequences(
     prompt_ids: list[list[int]], rollout: Rollout, pad_id: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -52,11 +54,13 @@ def build_causal_lm(
             f"model.init: the hybrid engine does not know the model family {model_type!r}; it "
             f"knows {', '.join(sorted(FAMILIES))}"
         )
+    _check_names(options, AutoConfig.for_model(model_type))
     try:
         config = AutoConfig.for_model(model_type, **options)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"model.init describes no causal language model: {error}") from error
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = str(error.__cause__ or error)
+        raise ValueError(f"model.init describes no causal language model: {reason}") from error
     find_family(model)
     return _with_special_tokens(model, tokenizer)
 
@@ -106,6 +110,16 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _check_names(options: dict[str, Any], default: Any) -> None:
+    """A config keeps any name that it is given: raise ValueError for one that is nearly its own."""
+    known = {*default.to_dict(), *default.attribute_map}
+    for name in options.keys() - known:
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            raise ValueError(
+                f"model.init: {default.model_type} has no {name!r}; is {close[0]!r} meant?"
+            )
+
+
 def _has_score_head(config: Any) -> bool:
     """Whether the model that this config was saved with is a sequence classifier."""
     return any("SequenceClassification" in name for name in config.architectures or [])
@@ -137,7 +151,7 @@ def _not_found(what: str, path: str) -> Iterator[None]:
     """Errors of loading as one ValueError that says what was looked for, and where."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         where = "the folder" if Path(path).is_dir() else "a local folder and the Hugging Face hub"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"no {what} {path!r} (tried {where}): {reason}") from error

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_engine import EngineConfig
 from rlhf.data import RowBatches, load_tokenizer
+from rlhf.evaluation import try_metric
 from rlhf.models import add_adapters, load_causal_lm, parameter_count
 from rlhf.pipeline.data import data_of, mixture, prompts
 from rlhf.pipeline.evaluation import evaluate
@@ -35,6 +36,7 @@ def train_ppo(run: Workspace) -> None:
             )
             for split in ("train", "test")
         )  # fmt: skip
+        try_metric(run.metric, heldout)
         mixed = mixture(run.config, tokenizer, engine.actor) if config.ptx_coef else None
         trainer = PPOTrainer(engine, config, seed=run.config.seed, mixture=mixed)
         _iterate(run, trainer, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datasets import Dataset
 
 from rlhf.data import load_tokenizer
+from rlhf.evaluation import try_metric
 from rlhf.models import add_adapters, load_causal_lm, load_scorer, parameter_count, positions_of
 from rlhf.pipeline.data import data_of, normalisation_answers, prompts, training_rows
 from rlhf.pipeline.evaluation import evaluate
@@ -64,6 +65,7 @@ def train_dpo(run: Workspace) -> None:
                 data_of(run.config, config.data, "prompts"), "test", tokenizer, model,
                 option="dpo.data", max_new_tokens=config.max_new_tokens,
             )  # fmt: skip
+            try_metric(metric, questions)
         trainer = DPOTrainer(model, tokenizer, config, seed=run.config.seed, engines=run.engines)
         run.report.dpo = _train(run, "dpo", trainer, rows, heldout)
         run.save(trainer.engine, tokenizer, "dpo", base=path)

@@ -56,7 +56,9 @@ def call_function(
     name = function_name(function)
     try:
         values = function(prompts, completions, **_accepted(function, columns))
-    except Exception as error:
+    except FunctionError:
+        raise
+    except (Exception, SystemExit) as error:
         raise FunctionError(
             f"reward function {name} raised {type(error).__name__}: {error}"
         ) from error
@@ -90,10 +92,20 @@ def _load_file(source: str) -> Any:
 def _accepted(
     function: RewardFunction, columns: Mapping[str, Sequence[Any]]
 ) -> Mapping[str, Sequence[Any]]:
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return columns
-    return {name: column for name, column in columns.items() if name in parameters}
+    """The columns to call it with. Raises FunctionError if it asks for others."""
+    signature = inspect.signature(function)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    accepted = dict(columns)
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        accepted = {n: column for n, column in columns.items() if n in signature.parameters}
+    try:
+        signature.bind((), (), **accepted)
+    except TypeError as error:
+        raise FunctionError(
+            f"reward function {function_name(function)}: {error}. It is called with prompts, "
+            f"completions and the data's other columns by name: {', '.join(columns) or 'none'}"
+        ) from error
+    return accepted
 
 
 def _number(value: Any, completion: Any, name: str) -> float:

@@ -166,6 +166,16 @@ def test_bad_files_say_what_is_wrong(tmp_path, content, options, message):
         load_rows(str(tmp_path / "bad.json"), **{"purpose": "prompts", **options})
 
 
+def test_a_bad_row_is_numbered(tmp_path):
+    """Also when its fellows have been converted already."""
+    path = tmp_path / "rows.jsonl"
+    lines = [{"messages": [{"role": "user", "content": "a"}]}] * 1200
+    lines[1100] = {"messages": [{"role": None, "content": "a"}]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"rows\.jsonl', row 1101: expected a list of messages"):
+        load_rows(str(path), purpose="prompts")
+
+
 def test_unknown_type_and_empty_folder(tmp_path):
     (tmp_path / "rows.xyz").write_text("a")
     with pytest.raises(ValueError, match=r"known file types are \.json, \.jsonl"):

@@ -21,6 +21,9 @@ BAD_OPTIONS = {
     "choice": (["--sft.optimizer.schedule", "sine"], "sine"),
     "contradiction": (["--model.path", "x"], "model.path and model.init exclude each other"),
     "mini-batches": (["--ppo.mini_batches", "9"], r"mini_batches \(9\) must not exceed"),
+    "kl-target": (["--ppo.kl_target", "0"], "kl_target must be positive, got 0.0"),
+    "smoothing": (["--dpo.loss", "ipo", "--dpo.label_smoothing", "0.1"], "ipo has none"),
+    "eos-of-nothing": (["--model.eos_token", "<end>"], "give model.tokenizer too"),
     "metric": (["--evaluation.metric", "nowhere:f"], "nowhere:f.*give module:function"),
 }
 
@@ -41,6 +44,16 @@ def test_unknown_field_in_the_file(tmp_path: Path, rlhf) -> None:
     assert code == 2
     assert "klcoef" in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [({"sft": 3}, "sft"), ({"ppo": {"data": None}}, "ppo.data")],
+    ids=["number", "empty-inside"],
+)
+def test_no_section_where_one_belongs(rlhf, tmp_path: Path, section: dict, name: str) -> None:
+    write_config(tmp_path, **section)
+    assert f"{name}: expected a section with options of its own" in error_line(rlhf("sft"))
 
 
 def test_missing_configuration_file(capfd: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +106,13 @@ MODELS = {
     ),
     "no-such-type": ({"init": {"model_type": "lama"}}, "'lama'; it knows .*llama, .*opt"),
     "missing-folder": ({"path": "./nowhere"}, "nowhere"),
+    "heads": ({"init": {**LLAMA, "num_attention_heads": 5}}, "not a multiple of the number"),
+    "type": ({"init": {**LLAMA, "hidden_size": "big"}}, "'hidden_size' expected int"),
+    "typo": ({"init": {**LLAMA, "hiden_size": 64}}, "no 'hiden_size'; is 'hidden_size' meant"),
+    "silent-template": (
+        {"init": LLAMA, "vocab_size": 280, "chat_template": "{{ messages[0].text }}"},
+        "chat_template leaves out what the user says",
+    ),
     "small-vocabulary": ({"init": LLAMA, "vocab_size": 100}, "vocab_size 100 is too small"),
 }
 
@@ -116,6 +136,29 @@ def test_a_step_without_the_one_before(rlhf, step: str, missing: str) -> None:
 def test_debug_shows_the_traceback(rlhf) -> None:
     with pytest.raises(ValueError, match="no sft model"):
         rlhf("ppo", "--debug")
+
+
+def test_the_output_folder_is_a_file(rlhf, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    line = error_line(rlhf("sft"))
+    assert f"cannot write into the folder {tmp_path / 'out'}" in line
+    assert "give another output_dir" in line
+
+
+def test_a_metric_that_fails_does_so_before_training(rlhf, tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text("def strict(prompts, completions, answer): return [1.0]")
+    assert rlhf("sft")[0] == 0
+    line = error_line(rlhf("dpo", "--evaluation.metric", f"{tmp_path}/judge.py:strict"))
+    assert "reward function strict: missing a required argument: 'answer'" in line
+    assert not (tmp_path / "out" / "dpo.jsonl").exists()
+
+
+def test_chat_with_a_run_and_not_with_a_model(tmp_path: Path, capfd) -> None:
+    for name in ("sft", "actor"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert main(["chat", str(tmp_path)]) == 2
+    assert "Give the model in it that you mean: actor, sft" in capfd.readouterr().err
 
 
 def test_chat_with_nobody(capfd: pytest.CaptureFixture[str]) -> None:

@@ -138,8 +138,18 @@ def raises(prompts, completions, **columns):
     raise KeyError("gold")
 
 
+def leaves(prompts, completions, **columns):
+    raise SystemExit(3)
+
+
+def needs_more(prompts, completions, gold):
+    return [1.0] * len(completions)
+
+
 BAD = {
     "raises": (raises, r"raises raised KeyError: 'gold'"),
+    "leaves": (leaves, r"leaves raised SystemExit: 3"),
+    "needs-more": (needs_more, r"missing a required argument: 'gold'.*other columns by name: "),
     "short": (lambda prompts, completions, **_: [], r"returned 0 values for 1 completions"),
     "nan": (lambda prompts, completions, **_: [math.nan], r"returned nan for"),
     "infinite": (lambda prompts, completions, **_: [math.inf], r"returned inf for"),
