@@ -1,15 +1,17 @@
 """Constants of the time model from iterations that `rlhf bench step` has measured.
 
-Each phase sets the shares of the peaks that it depends on: scoring the FLOP/s of forwards, the
-actor's update those of training, and the rollout, as one factor, all of its decode step. Several
-rows give the geometric mean.
+Each phase sets the shares of the peaks that it depends on: scoring that of forwards, the updates
+those of training and of the optimizer's step, the rollout those of a decode step, of reading and of
+multiplying apart where several batches were measured. The shares are those with the least squares
+of the logarithms of planned over measured seconds.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,9 @@ from rlhf.plan.shapes import find_shape
 from rlhf.plan.systems import System
 from rlhf.plan.time import Cluster, Estimator
 
-ROUNDS = 20  # the rollout's prefill depends on the score's share, so a few rounds are needed
+# The search for shares: by powers of 2 and then by steps down to a tenth of a percent.
+POWERS = range(-8, 9)
+STEPS = [2.0 ** (2.0**-i) for i in range(1, 11)]
 
 Row = dict[str, Any]
 
@@ -72,23 +76,51 @@ def calibrate(system: System, rows: Sequence[Row], device: Device, source: str) 
     """The system with the shares that the rows show. Raises ValueError without rows."""
     if not rows:
         raise ValueError(f"{source}: no row of `rlhf bench step` with peer ours and fixed lengths")
-    for _ in range(ROUNDS):
-        slower = {"rollout": 1.0, "score": 1.0, "update_actor": 1.0}  # than planned
-        planned = [predict(row, device, system) for row in rows]
-        for phase in slower:
-            slower[phase] = statistics.geometric_mean(
-                row["phases"][phase] / plan[phase] for row, plan in zip(rows, planned, strict=True)
-            )
-        system = replace(
-            system,
-            source=source,
-            layer_seconds=0.0,
-            weight_read=system.weight_read / slower["rollout"],
-            cache_read=system.cache_read / slower["rollout"],
-            decode=system.decode / slower["rollout"],
-            forward=system.forward / slower["score"],
-            update=system.update / slower["update_actor"],
-        )
+    system = replace(system, source=source, layer_seconds=0.0)
+    reading, multiplying = ("weight_read", "cache_read"), ("decode",)
+    several = len({row["batch"] for row in rows}) > 1
+    decoding = [reading, multiplying] if several else [(*reading, *multiplying)]
+    system = _fit(system, [("forward",)], ("score",), rows, device)
+    updates = ("update_actor", "update_critic")
+    system = _fit(system, [("update",), ("optimizer",)], updates, rows, device)
+    return _fit(system, decoding, ("rollout",), rows, device)  # its prefill is a forward
+
+
+def _fit(
+    system: System, shares: Sequence[tuple[str, ...]], phases: Sequence[str], rows: Sequence[Row],
+    device: Device,
+) -> System:  # fmt: skip
+    """The groups of shares, each by a factor of its own, with which the phases fit best."""
+
+    cluster = Cluster(device, 1)
+    runs = [(Estimator(*case(row), cluster, system, row["dtype"]), row["phases"]) for row in rows]
+
+    def error(system: System) -> float:
+        total = 0.0
+        for estimator, measured in runs:
+            planned = replace(estimator, system=system).phases()
+            total += sum(math.log(planned[phase] / measured[phase]) ** 2 for phase in phases)
+        return total
+
+    def scaled(system: System, factors: Sequence[float]) -> System:
+        scales = {name: by for group, by in zip(shares, factors, strict=True) for name in group}
+        return replace(system, **{name: getattr(system, name) * by for name, by in scales.items()})
+
+    start, least = system, error(system)
+    powers = itertools.product(POWERS, repeat=len(shares))
+    for exponents in sorted(powers, key=lambda p: sum(map(abs, p))):  # what is as good stays near
+        moved = scaled(start, [2.0**exponent for exponent in exponents])
+        if (found := error(moved)) < least * (1 - 1e-6):
+            system, least = moved, found
+    alone = [[i == j for j in range(len(shares))] for i in range(len(shares))]
+    for step in STEPS:
+        improved = True
+        while improved:
+            improved = False
+            for which, by in itertools.product(alone, (step, 1 / step)):
+                moved = scaled(system, [by if chosen else 1.0 for chosen in which])
+                if (found := error(moved)) < least * (1 - 1e-6):
+                    system, least, improved = moved, found, True
     return system
 
 

@@ -17,6 +17,7 @@ class System:
     decode: float  # share of the FLOP/s in the products of a decode step
     forward: float  # share of the FLOP/s in prefill and scoring
     update: float  # share of the FLOP/s in forward and backward
+    optimizer: float  # share of the bandwidth at which its step reads and writes its state
     links: float = 0.7  # share of the links' bandwidth that collectives reach
     overlap: float = 0.5  # share of the compute time under which communication can hide
     collective_seconds: float = 2e-5  # latency of one collective inside a node
@@ -34,6 +35,7 @@ HYBRID = System(
     decode=0.45,
     forward=0.45,
     update=0.4,
+    optimizer=0.75,
 )
 
 # Published: docs/planner.md says which constant comes from which row.
@@ -46,6 +48,7 @@ DEEPSPEED_CHAT = System(
     decode=0.4,
     forward=0.4,
     update=0.35,
+    optimizer=0.7,
     links=0.09,
     overlap=0.0,
     rescore_actor=True,

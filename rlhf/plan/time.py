@@ -81,7 +81,7 @@ class Estimator:
         wave += self.recipe.response * self.decode_step(rows)
         gather = 0.0
         if self._sharded:
-            weights = HALF * self.models.actor.parameters
+            weights = self._element * self.models.actor.parameters
             gather = self.cluster.collective(weights / self.strategy.tp) / self.system.links
         return waves * wave + gather
 
@@ -89,10 +89,10 @@ class Estimator:
         """One token for `rows` sequences a GPU, at the mean length of a rollout."""
         actor, tp, system = self.models.actor, self.strategy.tp, self.system
         bandwidth = self.cluster.device.bandwidth
-        read = HALF * actor.parameters / tp / (bandwidth * system.weight_read)
+        read = self._element * actor.parameters / tp / (bandwidth * system.weight_read)
         multiply = rows * actor.forward_flops(1) / self._flops(system.decode)
         length = self.recipe.prompt + self.recipe.response / 2
-        cache = HALF * rows * length * actor.kv_elements / (bandwidth * system.cache_read)
+        cache = self._element * rows * length * actor.kv_elements / (bandwidth * system.cache_read)
         device = max(read, multiply) + cache + self._tensor_parallel(rows)
         return max(device, actor.layers * system.layer_seconds)
 
@@ -101,7 +101,7 @@ class Estimator:
         actor, tp = self.models.actor, self.strategy.tp
         if tp == 1:
             return 0.0
-        size = HALF * rows * tp * actor.hidden
+        size = self._element * rows * tp * actor.hidden
         moved = 2 * self.cluster.collective(size, tp) / self.system.links
         return 2 * actor.layers * (self.system.collective_seconds + moved)
 
@@ -114,7 +114,7 @@ class Estimator:
         flops = passes * actor.forward_flops(self.recipe.sequence)
         flops += 2 * critic.forward_flops(self.recipe.sequence, logits=False)
         seconds = self.rows * flops / self._flops(self.system.forward)
-        gathered = HALF * (passes * actor.parameters + 2 * critic.parameters)
+        gathered = self._element * (passes * actor.parameters + 2 * critic.parameters)
         return self._with(seconds, gathered * self._micro_batches if self._sharded else 0.0)
 
     def update(self, shape: ModelShape, lora: int | None, *, logits: bool) -> float:
@@ -132,19 +132,25 @@ class Estimator:
         if self.cluster.gpus == 1:
             return 0.0
         stage, micro_batches = self.strategy.stage, self._micro_batches
-        reduced = HALF * trained * (micro_batches if stage >= 2 else 1)
+        element = self._element
+        reduced = element * trained * (micro_batches if stage >= 2 else 1)
         if stage >= 3:
-            return 2 * HALF * parameters * micro_batches + reduced
-        return HALF * trained + reduced  # the weights, or the second half of an all-reduce
+            return 2 * element * parameters * micro_batches + reduced
+        return element * trained + reduced  # the weights, or the second half of an all-reduce
 
     def _optimizer(self, trained: int) -> float:
         share = trained / (self.cluster.gpus if self.strategy.stage >= 1 else 1)
         device = self.cluster.device
         if not self.strategy.offload:
-            return ADAM_BYTES * share / (device.bandwidth * self.system.weight_read)
-        return 2 * HALF * share / device.pcie + ADAM_BYTES * share / HOST_BANDWIDTH
+            return ADAM_BYTES * share / (device.bandwidth * self.system.optimizer)
+        return 2 * self._element * share / device.pcie + ADAM_BYTES * share / HOST_BANDWIDTH
 
     # ---- what they share -------------------------------------------------------------------------
+
+    @property
+    def _element(self) -> int:
+        """Bytes of a weight, a gradient or a cached number."""
+        return 4 if self.dtype == "float32" else HALF
 
     @property
     def _sharded(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rlhf.plan.calibrate import calibrate, from_file, measured_device, our_rows,
 from rlhf.plan.systems import HYBRID
 
 RECORD = Path(__file__).parents[2] / "benchmarks/records/step_15M_cpu.jsonl"
+OTHER = RECORD.with_name("step_tiny_cpu.jsonl")
 
 
 def record() -> dict[str, Any]:
@@ -28,13 +30,38 @@ def test_a_calibrated_phase_is_as_long_as_measured() -> None:
         assert planned[phase] == pytest.approx(row["phases"][phase], rel=0.01)
 
 
-def test_two_measured_batches_predict_the_one_between_within_20_percent() -> None:
+@pytest.mark.parametrize("left_out", [0, 1, 2], ids=["B2", "B4", "B8"])
+def test_each_measured_batch_is_predicted_from_the_others(left_out: int) -> None:
+    """Between two measured ones, under both and over both: within 20 %."""
     device = measured_device(record()["machine"], "float32")
     rows = our_rows([record()])
     assert [row["batch"] for row in rows] == [2, 4, 8]
-    system = calibrate(HYBRID, [rows[0], rows[2]], device, "a record")
-    planned = sum(predict(rows[1], device, system).values())
-    assert planned == pytest.approx(rows[1]["seconds"], rel=0.20)
+    row = rows.pop(left_out)
+    planned = predict(row, device, calibrate(HYBRID, rows, device, "a record"))
+    assert sum(planned.values()) == pytest.approx(row["seconds"], rel=0.20)
+
+
+def test_another_model_in_another_run_is_predicted() -> None:
+    """`tiny` from the shares of 15M, on the same kind of machine: within 20 %."""
+    system, _ = from_file(RECORD, HYBRID)
+    other = [json.loads(line) for line in OTHER.read_text().splitlines()]
+    (row,) = our_rows(other)
+    assert (row["model"], row["batch"]) == ("tiny", 8)
+    device = measured_device(other[0]["machine"], "float32")
+    assert sum(predict(row, device, system).values()) == pytest.approx(row["seconds"], rel=0.20)
+
+
+def test_known_shares_are_found_again() -> None:
+    """Iterations planned with some shares and taken for measured give these shares."""
+    device = measured_device(record()["machine"], "float32")
+    known = replace(
+        HYBRID, layer_seconds=0.0, forward=0.3, update=0.2, optimizer=0.1, weight_read=0.5,
+        cache_read=0.4, decode=0.15,
+    )  # fmt: skip
+    rows = [{**row, "phases": predict(row, device, known)} for row in our_rows([record()])]
+    found = calibrate(HYBRID, rows, device, "a plan")
+    for name in ("forward", "update", "optimizer", "weight_read", "cache_read", "decode"):
+        assert getattr(found, name) == pytest.approx(getattr(known, name), rel=0.01), name
 
 
 def test_shares_carry_over_to_a_gpu_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:

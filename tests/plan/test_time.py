@@ -42,7 +42,7 @@ def test_slow_hosts_set_the_step_of_small_batches() -> None:
 def test_update_is_three_forwards_and_one_more_with_checkpointing() -> None:
     lean = replace(estimator(), strategy=Strategy(checkpointing=False))
     times = [e.update(MODELS.actor, None, logits=True) for e in (estimator(), lean)]
-    adam = 28 * MODELS.actor.parameters / H100.bandwidth / HYBRID.weight_read
+    adam = 28 * MODELS.actor.parameters / H100.bandwidth / HYBRID.optimizer
     assert (times[0] - adam) / (times[1] - adam) == pytest.approx(4 / 3)
     flops = 3 * 1024 * MODELS.actor.forward_flops(512)
     assert times[1] - adam == pytest.approx(flops / H100.peak("bfloat16") / HYBRID.update)
