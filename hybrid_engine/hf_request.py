@@ -20,18 +20,25 @@ class NotServedError(Exception):
     """The engine does not do this; the message is the reason."""
 
 
-# What each of HF's processors means in SamplingParams.
+def _whole(processor: Any) -> Any:
+    """The filter, if its mass alone says what it keeps."""
+    if processor.min_tokens_to_keep > 1:
+        raise NotServedError(f"min_tokens_to_keep={processor.min_tokens_to_keep}")
+    return processor
+
+
+def _penalty(processor: Any) -> float:
+    if processor.prompt_ignore_length:
+        raise NotServedError("a repetition penalty that ignores the prompt")
+    return float(processor.penalty)
+
+
+# What each of HF's processors means in SamplingParams, in the order in which the engine applies
+# them. Two change no token: one replaces what the engine refuses, the last one renormalises what
+# the engine normalises anyway.
 _PROCESSORS: dict[type, Callable[[Any, int], dict[str, Any]]] = {
-    # These change no token: the first renormalises what the engine normalises anyway, the second
-    # replaces what it refuses.
-    logits_process.LogitNormalization: lambda p, _: {},
-    logits_process.InfNanRemoveLogitsProcessor: lambda p, _: {},
-    logits_process.TemperatureLogitsWarper: lambda p, _: {"temperature": float(p.temperature)},
-    logits_process.TopKLogitsWarper: lambda p, _: {"top_k": int(p.top_k)},
-    logits_process.TopPLogitsWarper: lambda p, _: {"top_p": float(p.top_p)},
-    logits_process.MinPLogitsWarper: lambda p, _: {"min_p": float(p.min_p)},
     logits_process.RepetitionPenaltyLogitsProcessor: lambda p, _: {
-        "repetition_penalty": float(p.penalty)
+        "repetition_penalty": _penalty(p)
     },
     logits_process.MinLengthLogitsProcessor: lambda p, width: {
         "min_new_tokens": max(0, p.min_length - width)
@@ -39,6 +46,13 @@ _PROCESSORS: dict[type, Callable[[Any, int], dict[str, Any]]] = {
     logits_process.MinNewTokensLengthLogitsProcessor: lambda p, _: {
         "min_new_tokens": p.min_new_tokens
     },
+    logits_process.InfNanRemoveLogitsProcessor: lambda p, _: {},
+    logits_process.TemperatureLogitsWarper: lambda p, _: {"temperature": float(p.temperature)},
+    logits_process.TopKLogitsWarper: lambda p, _: {"top_k": int(p.top_k)},
+    # 0 keeps one token, as the smallest mass does
+    logits_process.TopPLogitsWarper: lambda p, _: {"top_p": float(_whole(p).top_p) or 1e-30},
+    logits_process.MinPLogitsWarper: lambda p, _: {"min_p": float(_whole(p).min_p)},
+    logits_process.LogitNormalization: lambda p, _: {},
 }
 _OUTPUTS = ("output_attentions", "output_hidden_states")
 _HARMLESS = {
@@ -81,9 +95,9 @@ def read_request(
     _check_positions(model_kwargs.get("position_ids"), mask, input_ids)
     width = input_ids.shape[1]
     options = _stopping_options(criteria, width, head_rows(model))
+    _check_length(prompts, options["max_new_tokens"], max_positions)
     options |= _sampling_options(processors, config, width)
     options["min_new_tokens"] = min(options.get("min_new_tokens", 0), options["max_new_tokens"])
-    _check_length(prompts, options["max_new_tokens"], max_positions)
     return Request(prompts, SamplingParams(**options), _pad_token_id(config))
 
 
@@ -133,13 +147,20 @@ def _check_length(prompts: list[list[int]], max_new_tokens: int, max_positions: 
 def _sampling_options(
     processors: LogitsProcessorList, config: GenerationConfig, width: int
 ) -> dict[str, Any]:
-    options: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
+    """The last to be read: from here on HF's loop would not draw what it draws alone."""
+    options: dict[str, Any] = {}
     for processor in processors:
         translate = _PROCESSORS.get(type(processor))
         if translate is None:
             raise NotServedError(f"the logits processor {type(processor).__name__}")
         options |= translate(processor, width)
-    if config.do_sample:  # so that torch.manual_seed decides, as it does in HF's loop
+    places = [list(_PROCESSORS).index(type(processor)) for processor in processors]
+    if places != sorted(set(places)):
+        names = ", ".join(type(processor).__name__ for processor in processors)
+        raise NotServedError(f"logits processors in an order of their own: {names}")
+    if not config.do_sample:
+        options["temperature"] = 0.0
+    else:  # so that torch.manual_seed decides, as it does in HF's loop
         options["seed"] = int(torch.randint(2**31 - 1, ()))
     return options
 
@@ -149,9 +170,21 @@ def _pad_token_id(config: GenerationConfig) -> int:
     return 0 if pad is None else int(pad)
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: Any) -> None:
     if model.training and any(map(_drops, model.modules())):
         raise NotServedError("dropout is active in train mode; call model.eval()")
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    own = type(model).prepare_inputs_for_generation
+    if prepare is not None and getattr(prepare, "__func__", None) is not own:
+        raise NotServedError("inputs that another object prepares, as PEFT's soft prompts do")
+    if any(map(_mixes_adapters, model.modules())):
+        raise NotServedError("adapter_names, another adapter for each row")
+
+
+def _mixes_adapters(module: nn.Module) -> bool:
+    """Whether PEFT has told a LoRA layer which row has which adapter: by a hook, for one call."""
+    hooks = module._forward_pre_hooks.values()
+    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
 
 
 def _drops(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ import torch
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
 
 import hybrid_engine as he
@@ -24,6 +26,8 @@ GREEDY: dict[str, dict[str, Any]] = {
     "repetition_penalty": {"repetition_penalty": 1.7},
     "min_p": {"do_sample": True, "min_p": 1.0},
     "top_p": {"do_sample": True, "top_p": 1e-6, "temperature": 0.7},
+    "top_p_0": {"do_sample": True, "top_p": 0.0},
+    "greedy_filters": {"logits_processor": [TemperatureLogitsWarper(3.0), TopPLogitsWarper(0.5)]},
     "renormalize": {"renormalize_logits": True, "remove_invalid_values": True},
     "eos_out_of_vocabulary": {"eos_token_id": 50_000},
     "pad_is_eos": {"eos_token_id": list(range(0, 97, 7)), "pad_token_id": 7},

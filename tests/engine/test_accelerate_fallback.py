@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    RepetitionPenaltyLogitsProcessor,
     T5Config,
     T5ForConditionalGeneration,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 import hybrid_engine as he
@@ -35,7 +38,27 @@ FALLBACKS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no_repeat_ngram": ({"no_repeat_ngram_size": 2}, "logits processor NoRepeatNGram"),
     "processor": ({"logits_processor": [Unknown()]}, "logits processor Unknown"),
-    "positions": ({"max_new_tokens": 124}, "may need 129 positions of 128"),
+    "positions": ({"max_new_tokens": 124, "do_sample": True}, "may need 129 positions of 128"),
+    "own_order": (
+        {"do_sample": True, "top_k": 5, "logits_processor": [TopPLogitsWarper(0.9)]},
+        "order of their own: TopPLogitsWarper, TopKLogitsWarper",
+    ),
+    "one_kind_twice": (
+        {"do_sample": True, "logits_processor": [TopKLogitsWarper(9), TopKLogitsWarper(3)]},
+        "order of their own",
+    ),
+    "penalty_of_the_response": (
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=5)]},
+        "ignores the prompt",
+    ),
+    "tokens_to_keep": (
+        {
+            "do_sample": True,
+            "top_k": 0,
+            "logits_processor": [TopPLogitsWarper(0.1, min_tokens_to_keep=3)],
+        },
+        "min_tokens_to_keep=3",
+    ),
     "inputs_embeds": ({"inputs_embeds": torch.ones(1, 5, 48)}, "model argument inputs_embeds"),
     "max_time": ({"max_time": 100.0}, "stopping criterion MaxTimeCriteria"),
 }
@@ -103,6 +126,32 @@ def test_dropout_without_a_dropout_module_goes_to_hf(build, family: str) -> None
     model = he.accelerate(build(family, **{rates.get(family, "hidden_dropout"): 0.1})).train()
     with pytest.warns(RuntimeWarning, match="dropout is active"):
         model.generate(IDS, do_sample=False, **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_soft_prompts_go_to_hf(model: Any, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    prompted = peft.get_peft_model(model, config).eval()
+    options = {"input_ids": IDS, "do_sample": False, **OPTIONS}
+    expected = prompted.generate(**options)
+    he.accelerate(prompted)
+    with pytest.warns(RuntimeWarning, match="soft prompts"):
+        assert torch.equal(prompted.generate(**options), expected)
+    assert torch.equal(model.generate(**options), prompted.get_base_model().generate(**options))
+    assert served(model) == 2  # without its prompt, the model is the engine's again
+
+
+def test_an_adapter_for_each_row_goes_to_hf(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    options = {"input_ids": IDS, "do_sample": False, "adapter_names": ["__base__", "default"]}
+    expected = adapted.generate(**options, **OPTIONS)
+    he.accelerate(adapted)
+    with pytest.warns(RuntimeWarning, match="adapter_names"):
+        assert torch.equal(adapted.generate(**options, **OPTIONS), expected)
+    assert served(adapted) == 0
 
 
 def test_own_position_ids_go_to_hf(model: Any) -> None:
