@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hybrid_engine as he
 from rlhf.bench.measure import Timing, append_record, interleave, machine
 from rlhf.bench.ranks import joined
-from rlhf.engines.deepspeed_engine import load_deepspeed
+from rlhf.engines.deepspeed_start import load_deepspeed
 
 SHAPES: dict[str, tuple[dict[str, int], torch.dtype]] = {
     "0.3M": ({"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172,

@@ -6,21 +6,17 @@ DeepSpeed does the work; here is what it needs to be told, and what it does not 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf import distributed
 from rlhf.config import OptimizerConfig
+from rlhf.engines.deepspeed_start import initialise, load_deepspeed
 from rlhf.engines.interface import StepInfo
 from rlhf.engines.schedule import ADAM_BETAS, ADAM_EPS, learning_rate_factor, parameter_groups
 from rlhf.engines.single import check_finite, check_scale
@@ -38,7 +34,7 @@ class FrozenDeepSpeedEngine:
     def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
         self.module = module
         self._zero_stage: int = config["zero_optimization"]["stage"]
-        self._engine = _initialise(_Caller(module), config, None)
+        self._engine = initialise(module, config, None)
 
     def __call__(
         self, function: Callable[Concatenate[nn.Module, P], R], /, *args: P.args, **kwargs: P.kwargs
@@ -111,7 +107,7 @@ class DeepSpeedEngine(FrozenDeepSpeedEngine):
         self._total_steps = total_steps
         self._steps = 0  # taken
         self._grad_norm = float("nan")  # at stage 0 in fp32, where DeepSpeed keeps none
-        self._engine = _initialise(_Caller(module), config, _adam(module, optimizer, adam))
+        self._engine = initialise(module, config, _adam(module, optimizer, adam))
         if self._zero_stage == 0 and hasattr(self._engine.optimizer, "initialize_optimizer_states"):
             # It took a step of zeros to allocate the state, which the bias correction would count.
             self._engine.optimizer.optimizer.state.clear()
@@ -189,51 +185,6 @@ class DeepSpeedEngine(FrozenDeepSpeedEngine):
         check_finite(self._grad_norm)
 
 
-class _Caller(nn.Module):
-    """The one module whose forward DeepSpeed sees: it runs any function on the model.
-
-    DeepSpeed gathers weights where their modules' forwards begin. Those that a function reads by
-    itself, the head's, it is told of.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(self.module, *args, **kwargs)
-
-    def read_by_functions(self) -> list[nn.Parameter]:
-        head: Any = getattr(self.module, "get_output_embeddings", lambda: None)()
-        return [] if head is None else list(head.parameters())
-
-
-def _initialise(
-    caller: _Caller, config: dict[str, Any], optimizer: torch.optim.Optimizer | None
-) -> Any:
-    deepspeed = load_deepspeed()
-    if not deepspeed.comm.is_initialized():
-        if "RANK" not in os.environ and not dist.is_initialized():
-            _form_group_of_one()
-        deepspeed.init_distributed(verbose=False)
-    engine, *_ = deepspeed.initialize(model=caller, optimizer=optimizer, config=config)
-    if config["zero_optimization"]["stage"] == 3:
-        for parameter in caller.read_by_functions():
-            deepspeed.zero.register_external_parameter(caller, parameter)
-    return engine
-
-
-def _form_group_of_one() -> None:
-    """For a process that nobody launched. DeepSpeed by itself would ask MPI who it is, and reads
-    the variables of a launcher again later."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    os.environ |= {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-    }  # fmt: skip
-
-
 def _adam(
     module: nn.Module, config: OptimizerConfig, adam: Literal["fused", "cpu"]
 ) -> torch.optim.Optimizer:
@@ -243,29 +194,6 @@ def _adam(
     if adam == "cpu":
         return load_deepspeed().ops.adam.DeepSpeedCPUAdam(groups, lr=0.0, **options)
     return torch.optim.AdamW(groups, lr=0.0, fused=True, **options)
-
-
-@functools.cache
-def load_deepspeed() -> Any:
-    """The package, with its start-up made quick and quiet. Raises ValueError if it is missing."""
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed calls collectives by names that newer torch deprecates.
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ValueError(
-            "training on several processes, ZeRO and offload need DeepSpeed: "
-            "pip install 'hybrid-rlhf[deepspeed]'"
-        ) from error
-    # On a CPU it would compile collectives in shared memory for minutes; gloo has them.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    accelerator = deepspeed.accelerator.get_accelerator()
-    if accelerator.device_name() == "cpu":  # it asks for instructions that torch does without
-        accelerator.is_fp16_supported = lambda: True
-    return deepspeed
 
 
 def _of_size(tensors: list[nn.Parameter], numel: int) -> Iterator[list[nn.Parameter]]:
