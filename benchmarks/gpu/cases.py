@@ -1,81 +1,35 @@
-"""What is timed on a GPU: each op against the plain PyTorch expression, in bf16.
-
-`large` cases work beyond the L2 cache, where the share of the copy bandwidth says how good a
-memory-bound kernel is; the others are decode shapes, where the time does.
-"""
+"""The ops of a decode step that read no weights, and those between rollout and update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.timing import error_and_bound
+from benchmarks.gpu.case import (
+    BF16,
+    BLOCK,
+    EPS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    Case,
+    Place,
+    joined,
+    size,
+)  # fmt: skip
 from hybrid_engine import ops
 from hybrid_engine.ops import UnpackEntry, unpack_plan
-
-BF16 = torch.bfloat16
-EPS = 1e-5
-LARGE_ROWS, HIDDEN = 65536, 4096  # 512 MiB in bf16
-DECODE_BATCHES = (1, 32)
-
-
-def widen(x: Any) -> Any:
-    """bf16 to fp32, fp32 to fp64."""
-    wider = {BF16: torch.float32, torch.float32: torch.float64}
-    return x.to(wider.get(x.dtype, x.dtype)) if isinstance(x, Tensor) else x
-
-
-@dataclass(frozen=True)
-class Case:
-    """`ours` and `plain` take `args`; `result` is the tensor of what they return to compare."""
-
-    op: Any
-    label: str
-    ours: Callable[..., Any]
-    plain: Callable[..., Any]
-    args: tuple[Any, ...]
-    bytes: int = 0  # read or written once by an ideal implementation
-    large: bool = False
-    flops: int = 0
-    result: Callable[[Any], Tensor] = lambda out: out
-
-    @property
-    def name(self) -> str:
-        return f"{self.op.name}-{self.label}"
-
-    def check(self) -> tuple[float, float]:
-        """Largest error, and the largest allowed: against `plain` in a wider type."""
-        truth = self.result(self.plain(*map(widen, self.args))).clone()
-        baseline = self.result(self.plain(*self.args)).clone()
-        return error_and_bound(self.result(self.ours(*self.args)), baseline, truth)
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=BF16, device="cuda")
-
-
-def size(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
-
-def shapes() -> Iterator[tuple[str, int, bool]]:
-    """Label, rows and whether they are beyond the L2 cache."""
-    for batch in DECODE_BATCHES:
-        yield f"B{batch}", batch, False
-    yield "large", LARGE_ROWS, True
-
 
 # ---- norm and activation -------------------------------------------------------------------------
 
 
-def norms() -> Iterator[Case]:
-    for label, rows, large in shapes():
-        x, weight, bias = randn(rows, HIDDEN), *randn(2, HIDDEN)
+def norms(at: Place) -> Iterator[Case]:
+    for label, rows, large in at.shapes():
+        x, weight, bias = at.randn(rows, at.size(HIDDEN)), *at.randn(2, at.size(HIDDEN))
         yield Case(
             ops.rms_norm, label, lambda x, w: ops.rms_norm(x, w, EPS),
             lambda x, w: F.rms_norm(x, x.shape[-1:], w, EPS), (x, weight), 2 * size(x), large,
@@ -100,9 +54,10 @@ def plain_silu_and_mul(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def activations() -> Iterator[Case]:
-    for label, rows, large in shapes():
-        x, bias = randn(rows, 2 * HIDDEN), randn(2 * HIDDEN)
+def activations(at: Place) -> Iterator[Case]:
+    for label, rows, large in at.shapes():
+        width = 2 * at.size(HIDDEN)
+        x, bias = at.randn(rows, width), at.randn(width)
         yield Case(
             ops.silu_and_mul, label, ops.silu_and_mul, plain_silu_and_mul, (x,),
             size(x) * 3 // 2, large,
@@ -115,17 +70,17 @@ def activations() -> Iterator[Case]:
 
 # ---- rope ----------------------------------------------------------------------------------------
 
-HEADS, KV_HEADS, HEAD_DIM, POSITIONS, BLOCK = 32, 8, 128, 4096, 16
+POSITIONS = 4096
 
 
-def ropes() -> Iterator[Case]:
-    for label, tokens, large in shapes():
-        qkv = randn(tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-        angles = torch.rand(POSITIONS, HEAD_DIM // 2, device="cuda") * 6
+def ropes(at: Place) -> Iterator[Case]:
+    for label, tokens, large in at.shapes():
+        qkv = at.randn(tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+        angles = torch.rand(POSITIONS, HEAD_DIM // 2, device=at.device) * 6
         table = torch.cat((angles.cos(), angles.sin()), -1)
-        slots = torch.randperm(tokens, device="cuda")
+        slots = torch.randperm(tokens, device=at.device)
         blocks = -(-tokens // BLOCK)
-        caches = torch.zeros(2, blocks, KV_HEADS, BLOCK, HEAD_DIM, dtype=BF16, device="cuda")
+        caches = torch.zeros(2, blocks, KV_HEADS, BLOCK, HEAD_DIM, dtype=BF16, device=at.device)
         yield Case(
             ops.rope_and_store_kv, label, rope, plain_rope,
             (qkv, table, slots % POSITIONS, slots, *caches), 2 * size(qkv), large,
@@ -169,11 +124,11 @@ class SampleCase(Case):
         return (logprobs - truth).abs().amax().item(), 4 * torch.finfo(torch.float32).eps * 16
 
 
-def samples() -> Iterator[Case]:
+def samples(at: Place) -> Iterator[Case]:
     for rows in (1, 64):
         for name, top_k, top_p in (("full", 0, 1.0), ("top", 50, 0.9)):
-            logits, places = randn(rows, 128256) * 3, torch.arange(rows, device="cuda")
-            ones, kept = torch.ones(rows, device="cuda"), torch.full_like(places, top_k)
+            logits, places = at.randn(rows, at.size(128256)) * 3, at.arange(rows)
+            ones, kept = torch.ones(rows, device=at.device), torch.full_like(places, top_k)
             settings = (ones, kept, ones * top_p, ones * 0, places, places)
             yield SampleCase(
                 ops.sample, f"{name}-B{rows}", lambda x, s=settings: ops.sample(x, *s),
@@ -198,11 +153,11 @@ def plain_sample(logits: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tens
 # ---- gather and advantages -----------------------------------------------------------------------
 
 
-def gathers() -> Iterator[Case]:
+def gathers(at: Place) -> Iterator[Case]:
     """One Llama-7B layer of 8 ranks: QKV and gate-up fused."""
-    inner, world = 11008, 8
-    shapes = [(HIDDEN, HIDDEN)] * 4 + [(inner, HIDDEN)] * 2 + [(HIDDEN, inner)]
-    places = [(0, 0), (0, HIDDEN), (0, 2 * HIDDEN), (1, 0), (2, 0), (2, inner), (3, 0)]
+    hidden, inner, world = at.size(HIDDEN), at.size(11008), 8
+    shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+    places = [(0, 0), (0, hidden), (0, 2 * hidden), (1, 0), (2, 0), (2, inner), (3, 0)]
     entries, source = [], 0
     for (rows, columns), (destination, row) in zip(shapes, places, strict=True):
         partition = rows * columns // world
@@ -210,9 +165,9 @@ def gathers() -> Iterator[Case]:
             UnpackEntry(source, partition, rows, columns, destination, row, 0, rows, 0, columns)
         )
         source += partition
-    bucket, plan = randn(world, source), unpack_plan(entries)
-    fused = ((3 * HIDDEN, HIDDEN), shapes[3], (2 * inner, HIDDEN), shapes[6])
-    outs = [torch.zeros(shape, dtype=BF16, device="cuda") for shape in fused]
+    bucket, plan = at.randn(world, source), unpack_plan(entries)
+    fused = ((3 * hidden, hidden), shapes[3], (2 * inner, hidden), shapes[6])
+    outs = [torch.zeros(shape, dtype=BF16, device=at.device) for shape in fused]
 
     def ours(bucket: Tensor, *outs: Tensor) -> tuple[Tensor, ...]:
         ops.gather_unpack(bucket, plan, list(outs), [], [], [])
@@ -228,15 +183,15 @@ def gathers() -> Iterator[Case]:
 
     yield Case(
         ops.gather_unpack, "llama7b-layer-W8", ours, plain, (bucket, *outs), 2 * size(bucket), True,
-        result=lambda outs: torch.cat([out.flatten() for out in outs]),
+        result=joined,
     )  # fmt: skip
 
 
-def advantages() -> Iterator[Case]:
-    rows, length = 512, 512
-    rewards, values = torch.randn(2, rows, length, device="cuda")
-    ends = torch.randint(1, length + 1, (rows, 1), device="cuda")
-    mask = torch.arange(length, device="cuda") < ends
+def advantages(at: Place) -> Iterator[Case]:
+    rows, length = at.size(512), at.size(512)
+    rewards, values = torch.randn(2, rows, length, device=at.device)
+    ends = torch.randint(1, length + 1, (rows, 1), device=at.device)
+    mask = at.arange(length) < ends
 
     def plain(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         rewards, values = rewards * mask, values * mask

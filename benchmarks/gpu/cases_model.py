@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.cases import BF16, BLOCK, HEAD_DIM, HEADS, KV_HEADS, Case, randn, size
+from benchmarks.gpu.case import BF16, BLOCK, HEAD_DIM, HEADS, KV_HEADS, Case, Place, size
 from hybrid_engine import ops
 
 SCALE = HEAD_DIM**-0.5
 
 
-def paged(batch: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def paged(at: Place, batch: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Caches, block tables in random order and lengths."""
     blocks = batch * keys // BLOCK
-    caches = randn(2, blocks, KV_HEADS, BLOCK, HEAD_DIM)
-    tables = torch.randperm(blocks, device="cuda").int().view(batch, -1)
-    return *caches, tables, torch.full((batch,), keys, dtype=torch.int32, device="cuda")
+    caches = at.randn(2, blocks, KV_HEADS, BLOCK, HEAD_DIM)
+    tables = torch.randperm(blocks, device=at.device).int().view(batch, -1)
+    return *caches, tables, torch.full((batch,), keys, dtype=torch.int32, device=at.device)
 
 
 def dense(cache: Tensor, tables: Tensor) -> Tensor:
@@ -27,9 +27,11 @@ def dense(cache: Tensor, tables: Tensor) -> Tensor:
     return cache[tables.long()].transpose(1, 2).flatten(2, 3)
 
 
-def decodes() -> Iterator[Case]:
-    for batch, keys, large in ((1, 4096, False), (1, 65536, True), (64, 4096, True)):
-        q, (k_cache, v_cache, tables, lengths) = randn(batch, HEADS, HEAD_DIM), paged(batch, keys)
+def decodes(at: Place) -> Iterator[Case]:
+    for batch, full, large in ((1, 4096, False), (1, 65536, True), (64, 4096, True)):
+        keys = at.size(full)
+        q = at.randn(batch, HEADS, HEAD_DIM)
+        k_cache, v_cache, tables, lengths = paged(at, batch, keys)
         k, v = dense(k_cache, tables), dense(v_cache, tables)
 
         def ours(
@@ -48,11 +50,12 @@ def decodes() -> Iterator[Case]:
         )  # fmt: skip
 
 
-def prefills() -> Iterator[Case]:
-    for batch, tokens in ((8, 512), (4, 4096)):
-        q = randn(batch * tokens, HEADS, HEAD_DIM)
-        k_cache, v_cache, tables, lengths = paged(batch, tokens)
-        bounds = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * tokens
+def prefills(at: Place) -> Iterator[Case]:
+    for batch, full in ((8, 512), (4, 4096)):
+        tokens = max(BLOCK, at.size(full))
+        q = at.randn(batch * tokens, HEADS, HEAD_DIM)
+        k_cache, v_cache, tables, lengths = paged(at, batch, tokens)
+        bounds = at.arange(batch + 1, torch.int32) * tokens
         wide = q.view(batch, tokens, HEADS, HEAD_DIM).transpose(1, 2).contiguous()
         k, v = dense(k_cache, tables), dense(v_cache, tables)
 
@@ -78,12 +81,12 @@ def prefills() -> Iterator[Case]:
         )  # fmt: skip
 
 
-def linears() -> Iterator[Case]:
-    out_dim, in_dim = 28672, 8192  # 448 MiB of weights: beyond the L2 cache
-    weight = randn(out_dim, in_dim) * in_dim**-0.5
-    a, b = randn(16, in_dim) * in_dim**-0.5, randn(out_dim, 16)
+def linears(at: Place) -> Iterator[Case]:
+    out_dim, in_dim = at.size(28672), at.size(8192)  # 448 MiB of weights: beyond the L2 cache
+    weight = at.randn(out_dim, in_dim) * in_dim**-0.5
+    a, b = at.randn(16, in_dim) * in_dim**-0.5, at.randn(out_dim, 16)
     for rows in (1, 8, 16):
-        x = randn(rows, in_dim)
+        x = at.randn(rows, in_dim)
         yield Case(
             ops.skinny_linear, f"B{rows}", ops.skinny_linear, F.linear, (x, weight),
             size(weight), True,
@@ -99,11 +102,12 @@ def linears() -> Iterator[Case]:
 FAMILIES = (decodes, prefills, linears)
 
 
-def logprob_memory() -> dict[str, float]:
+def logprob_memory(at: Place) -> dict[str, float]:
     """Time and peak memory of log-probs and entropy, fused and with all the logits."""
     tokens, hidden_dim, vocabulary = 4096, 4096, 128256
-    hidden, weight = randn(tokens, hidden_dim), randn(vocabulary, hidden_dim) * hidden_dim**-0.5
-    targets = torch.randint(vocabulary, (tokens,), device="cuda")
+    hidden = at.randn(tokens, hidden_dim)
+    weight = at.randn(vocabulary, hidden_dim) * hidden_dim**-0.5
+    targets = torch.randint(vocabulary, (tokens,), device=at.device)
 
     def materialising() -> tuple[Tensor, Tensor]:
         logprobs = torch.log_softmax(F.linear(hidden, weight).float(), -1)

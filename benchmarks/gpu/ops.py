@@ -59,7 +59,8 @@ def line(record: dict[str, Any]) -> str:
 
 def run(path: Path) -> bool:
     """Measure everything, write the record, and say whether all went well."""
-    from benchmarks.gpu import cases, cases_model
+    from benchmarks.gpu import cases, cases_model, cases_training
+    from benchmarks.gpu.case import Place
     from benchmarks.gpu.timing import copy_bandwidth
 
     header = machine(copy_GBps=round(copy_bandwidth(), 1))
@@ -67,9 +68,9 @@ def run(path: Path) -> bool:
     print("  ".join(f"{key}={value}" for key, value in header.items()))
     columns = ("case", "ours us", "+-", "torch us", "ratio", "rate", "of copy")
     print("{:<36}{:>10}{:>9}{:>11}{:>8}{:>16}{:>8}".format(*columns))
-    for family in (*cases.FAMILIES, *cases_model.FAMILIES):
+    for family in (*cases.FAMILIES, *cases_model.FAMILIES, *cases_training.FAMILIES):
         try:
-            for case in family():
+            for case in family(Place()):
                 record = measure(case, result["copy_GBps"])
                 result["cases"].append(record)
                 print(line(record), flush=True)
@@ -86,6 +87,7 @@ def run(path: Path) -> bool:
 
 def summarise(result: dict[str, Any]) -> None:
     from benchmarks.gpu import cases_model
+    from benchmarks.gpu.case import Place
 
     timed = [record for record in result["cases"] if "ratio" in record]
     if timed:
@@ -96,7 +98,7 @@ def summarise(result: dict[str, Any]) -> None:
         f"{record['name']} ({record['ratio']:.2f})" for record in timed if record["ratio"] < 1
     ]
     print(f"slower than torch: {', '.join(slower) or 'none'}")
-    result["linear_logprob"] = logprob = cases_model.logprob_memory()
+    result["linear_logprob"] = logprob = cases_model.logprob_memory(Place())
     if not logprob["largest_difference"] <= WORST_DIFFERENCE:
         logprob["failed"] = f"log-probs differ by {logprob['largest_difference']:.3g}"
     print("linear_logprob:", logprob)

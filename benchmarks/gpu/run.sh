@@ -177,7 +177,7 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   target=sm_90a
   case $phase in
     build | all) run_build ;;
-    *) part imports 60 "$python" -c 'import benchmarks.gpu.cases_model, rlhf.bench.step' ;;
+    *) part imports 60 "$python" -c 'import benchmarks.gpu.ops, rlhf.bench.step' ;;
   esac
   finish false
   exit 3

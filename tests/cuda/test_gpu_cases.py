@@ -1,0 +1,43 @@
+"""What the benchmark times on a GPU, made small and checked here: no case is wrong by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from benchmarks.gpu import cases, cases_model, cases_training
+from benchmarks.gpu.case import Case, Place
+from hybrid_engine import ops
+
+HERE = Place("cpu", shrink=64)
+FAMILIES = [*cases.FAMILIES, *cases_model.FAMILIES, *cases_training.FAMILIES]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{f.__module__[15:]}-{f.__name__}")
+def test_every_case_passes_its_check(family: Callable[[Place], Iterator[Case]]) -> None:
+    torch.manual_seed(0)
+    names = []
+    for case in family(HERE):
+        error, allowed = case.check()
+        assert error <= allowed, case.name
+        assert case.bytes or case.flops, case.name
+        assert case.name not in names
+        names.append(case.name)
+    assert names
+
+
+def test_a_wrong_kernel_is_found() -> None:
+    case = next(cases.norms(HERE))
+    right = case.ours
+    object.__setattr__(case, "ours", lambda *args: right(*args) * 1.1)
+    error, allowed = case.check()
+    assert error > allowed
+
+
+def test_every_kind_of_op_is_timed() -> None:
+    """Each family of the library has a case, or its log-probs a measurement of their own."""
+    timed = {op.reference.__module__ for family in FAMILIES for op in {c.op for c in family(HERE)}}
+    known = {op.reference.__module__ for op in ops.OPS.values()}
+    assert known - timed == {"hybrid_engine.ops.logprob"}
