@@ -126,12 +126,14 @@ class HybridEngine:
         ):
             requests = self._requests(prompts, params, seeds)
             loop = self._start(requests, params)
+            cache, self._cache = self._cache, None  # not for a call that `on_finish` makes
             while not loop.done:
                 loop.step(MOST_STEPS)
                 if on_finish is not None:
                     for place, response in loop.take_finished():
                         if (own := requests.own_place(place)) is not None:
                             on_finish(own, response)
+            self._cache = cache
         return requests.own_part(loop.rollout())
 
     def start(

@@ -208,3 +208,18 @@ def test_each_response_is_handed_over_as_it_ends(
     assert len({len(response) for _, response, _ in taken}) > 1
     if max_running >= len(prompts):  # all start together: prefill, and a token with each step
         assert all(at == max(1, len(response) - 1) for _, response, at in taken)
+
+
+def test_a_call_from_on_finish_disturbs_nobody(build, prompts) -> None:
+    model = build("llama")
+    model.generation_config.eos_token_id = [2, 9, 33]
+    engine = HybridEngine(model)
+    expected, asked = engine.generate(prompts, SAMPLED), prompts[:1] * 2
+    answer = engine.generate(asked, GREEDY)
+    found: list[Rollout] = []
+    rollout = engine.generate(
+        prompts, SAMPLED, on_finish=lambda *_: found.append(engine.generate(asked, GREEDY))
+    )
+    assert_same(rollout, expected)
+    for each in found:
+        assert_same(each, answer)
