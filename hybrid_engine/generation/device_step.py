@@ -31,12 +31,15 @@ class Results:
     @classmethod
     def empty(cls, responses: int, tokens: int, device: torch.device) -> Results:
         """Nothing generated yet, for P `responses` of at most T `tokens`."""
-        shape = (responses + 1, tokens)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         return cls(
-            tokens=torch.zeros(shape, dtype=torch.int64, device=device),
-            logprobs=torch.zeros(shape, device=device),
-            truncated_logprobs=torch.zeros(shape, device=device),
-            lengths=torch.zeros(responses + 1, dtype=torch.int64, device=device),
+            tokens=zeros(responses + 1, tokens, dtype=torch.int64),
+            logprobs=zeros(responses + 1, tokens, dtype=torch.float32),
+            truncated_logprobs=zeros(responses + 1, tokens, dtype=torch.float32),
+            lengths=zeros(responses + 1, dtype=torch.int64),
         )
 
 

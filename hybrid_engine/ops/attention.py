@@ -178,7 +178,9 @@ def _bias(
     visible = distance <= 0
     if window > 0:
         visible &= distance > -window
-    bias = torch.zeros(1, queries, keys, device=device).masked_fill(~visible, float("-inf"))
+    bias = torch.zeros(1, queries, keys, dtype=torch.float32, device=device).masked_fill(
+        ~visible, float("-inf")
+    )
     return bias if slopes is None else bias + slopes.view(-1, 1, 1) * distance
 
 

@@ -223,3 +223,18 @@ def test_a_call_from_on_finish_disturbs_nobody(build, prompts) -> None:
     assert_same(rollout, expected)
     for each in found:
         assert_same(each, answer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+def test_the_default_dtype_changes_nothing(build, prompts, step_by_step, dtype) -> None:
+    engine = HybridEngine(build("bloom"))
+    expected = engine.generate(prompts, SAMPLED)
+    torch.set_default_dtype(dtype)
+    try:
+        found = engine.generate(prompts, SAMPLED)
+        in_python = step_by_step(lambda: engine.generate(prompts, SAMPLED))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for rollout in (found, in_python):
+        assert_same(rollout, expected)
+        torch.testing.assert_close(rollout.logprobs, expected.logprobs)
