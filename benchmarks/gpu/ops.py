@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import cases, cases_model, cases_training
+from benchmarks.gpu.case import Case, Place
+from benchmarks.gpu.timing import alternate, copy_bandwidth
 from hybrid_engine import ops
 from rlhf.bench.measure import machine
 
 WORST_DIFFERENCE = 0.05  # of log-probs, between bf16 logits rounded and not
 
 
-def measure(case: Any, copy_gbps: float) -> dict[str, Any]:
+def measure(case: Case, copy_gbps: float) -> dict[str, Any]:
     """The record of one case; without times if its result is off."""
-    from benchmarks.gpu.timing import alternate
-
     record: dict[str, Any] = {"name": case.name, "kernel": case.op.implementation("cuda")}
     if record["kernel"] == "reference":
         return {**record, "failed": "no kernel for CUDA"}
@@ -59,10 +60,6 @@ def line(record: dict[str, Any]) -> str:
 
 def run(path: Path) -> bool:
     """Measure everything, write the record, and say whether all went well."""
-    from benchmarks.gpu import cases, cases_model, cases_training
-    from benchmarks.gpu.case import Place
-    from benchmarks.gpu.timing import copy_bandwidth
-
     header = machine(copy_GBps=round(copy_bandwidth(), 1))
     result: dict[str, Any] = {**header, "cases": []}
     print("  ".join(f"{key}={value}" for key, value in header.items()))
@@ -86,9 +83,6 @@ def run(path: Path) -> bool:
 
 
 def summarise(result: dict[str, Any]) -> None:
-    from benchmarks.gpu import cases_model
-    from benchmarks.gpu.case import Place
-
     timed = [record for record in result["cases"] if "ratio" in record]
     if timed:
         logarithms = [math.log(record["ratio"]) for record in timed]

@@ -36,6 +36,7 @@ class Rows:
         self.block_tables = zeros(capacity, max_blocks, dtype=torch.int32)
         self.seen = None if vocab_size is None else zeros(capacity, vocab_size, dtype=torch.uint8)
         self._block_size = block_size
+        self._blocks: list[int] = []  # how many each row has, for the host
         self.numbers = torch.arange(capacity, device=device)  # 0, 1, 2, ...
 
     def append(self, sequence: Sequence, *, seed: int = 0) -> None:
@@ -50,6 +51,7 @@ class Rows:
             self.tokens[row] = sequence.response[-1]
         blocks = torch.tensor(sequence.blocks, dtype=torch.int32)
         self.block_tables[row, : len(blocks)] = blocks
+        self._blocks.append(len(blocks))
         if self.seen is not None:
             self.seen[row] = 0
             self.seen[row, sequence.prompt + sequence.response] = 1
@@ -62,6 +64,8 @@ class Rows:
         for tensor in (*state, self.block_tables, self.seen):
             if tensor is not None:
                 tensor[row] = tensor[self.count]
+        self._blocks[row] = self._blocks[-1]
+        self._blocks.pop()
 
     def needing_block(self) -> list[int]:
         """Rows whose next token has no block."""
@@ -69,10 +73,10 @@ class Rows:
         return full.nonzero().flatten().tolist()
 
     def add_block(self, row: int, block: int) -> None:
-        """One more block at the row's end."""
-        room = int(self.room[row])
-        self.block_tables[row, room // self._block_size] = block
-        self.room[row] = room + self._block_size
+        """One more block at the row's end. Asks the device nothing: there are many rows."""
+        self.block_tables[row, self._blocks[row]] = block
+        self._blocks[row] += 1
+        self.room[row] = self._blocks[row] * self._block_size
 
     def decode_batch(self) -> DecoderBatch:
         """One token of every running row. Each row has a block for it."""

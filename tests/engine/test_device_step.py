@@ -18,6 +18,8 @@ from hybrid_engine.generation.device_step import (
     GraphedSteps,
     bucket_of,
 )
+from hybrid_engine.generation.rows import Rows
+from hybrid_engine.generation.scheduler import Sequence
 from hybrid_engine.ops import registry
 
 PARAMS = {
@@ -167,6 +169,22 @@ def test_contents_are_checked_except_while_a_graph_is_recorded(
     assert len(called) == 1
 
 
+def test_rows_know_their_blocks_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each look costs a wait, and a block comes every few steps for every row."""
+    rows = Rows(capacity=3, max_blocks=9, block_size=4, device=torch.device("cpu"))
+    for index, blocks in enumerate(([5], [6, 7], [8])):
+        rows.append(Sequence(index=index, prompt=[1, 2], blocks=blocks))
+    rows.remove(0)  # the last one moves here
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__int__", lambda self: pytest.fail("int() of a tensor"))
+        patch.setattr(torch.Tensor, "item", lambda self: pytest.fail("item() of a tensor"))
+        for row, block in ((0, 1), (1, 2), (0, 3)):
+            rows.add_block(row, block)
+    assert rows.room[:2].tolist() == [12, 12]
+    assert rows.block_tables[:2, :3].tolist() == [[8, 1, 3], [6, 7, 2]]
+    assert rows.indices[:2].tolist() == [2, 1]
+
+
 def test_buckets() -> None:
     assert [bucket_of(n, 12) for n in (1, 2, 3, 4, 5, 8, 9, 12)] == [1, 2, 4, 4, 8, 8, 12, 12]
 
@@ -175,6 +193,7 @@ def test_buckets() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("name", PARAMS)
 def test_graphs_on_a_gpu_equal_the_loop(build, prompts, monkeypatch, name: str) -> None:
+    torch.use_deterministic_algorithms(False)  # rollouts have other kernels then
     model = build("llama").cuda()
     model.generation_config.eos_token_id = [2, 9, 33, 40]
     engine = HybridEngine(model)
