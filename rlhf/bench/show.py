@@ -41,6 +41,11 @@ def show_header(console: Console, header: Row) -> None:
     )
 
 
+def show_peers(console: Console, about: dict[str, str]) -> None:
+    for name, what in about.items():
+        console.print(f"{name}: {what}", soft_wrap=True)
+
+
 def show_notes(console: Console, notes: dict[str, str]) -> None:
     for name, reason in notes.items():
         console.print(f"not measured: {name}: {reason}", soft_wrap=True)

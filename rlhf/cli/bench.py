@@ -119,13 +119,16 @@ class _Run:
     def finish(self, what: str, columns: Any, plot: Callable[..., None]) -> None:
         """Print the table and the notes, write the record and the plot."""
         from rlhf import distributed
-        from rlhf.bench.show import show_notes, show_table, write
+        from rlhf.bench.peers import find_peer
+        from rlhf.bench.show import show_notes, show_peers, show_table, write
 
         options = self.options
         title = f"{what}, {options.prompt} + {options.new_tokens} tokens"
         if any(row.get("ratio") for row in self.rows):
             title += f"; ratio to {self.baseline}"
+        about = {row["peer"]: find_peer(row["peer"]).ABOUT for row in self.rows}
         show_table(self._console, title, self.rows, columns)
+        show_peers(self._console, about)
         show_notes(self._console, self.notes)
         if not self.rows:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.notes.items())
@@ -134,7 +137,7 @@ class _Run:
             command = {k: v for k, v in vars(options).items() if v is not None and k != "debug"}
             record = {
                 "bench": options.what, "machine": self.header, "command": command,
-                "rows": self.rows, "notes": self.notes,
+                "peers": about, "rows": self.rows, "notes": self.notes,
             }  # fmt: skip
             write(options.output, options.what, record, plot, self._console)
 

@@ -32,8 +32,10 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("generate", options, "--output", str(tmp_path)) == 0
     shown = capsys.readouterr().out
     assert "not measured: deepspeed-he: its injected kernels are CUDA only" in shown
+    assert "hf: transformers generate, eager, dynamic cache" in shown
     (record,) = read_records(tmp_path / "generate.jsonl")
     assert record["machine"]["commit"]
+    assert set(record["peers"]) == {"hf", "ours"}
     assert record["machine"]["read_GBps"] > 0
     rows = record["rows"]
     cases = {(row["batch"], row["lengths"], row["peer"]) for row in rows}

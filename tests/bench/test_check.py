@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,13 @@ def test_every_peer_says_what_it_is_and_why_it_cannot_run(subject: Subject) -> N
     assert reasons["hf"] is None
     assert reasons["deepspeed-he"] == "its injected kernels are CUDA only"
     assert "torchrun" in str(reasons["hf-ddp"])
+
+
+def test_a_peer_is_a_small_adapter() -> None:
+    """30 to 80 lines each: more would be a trainer of ours beside theirs."""
+    for name in PEERS:
+        source = find_peer(name).__file__  # type: ignore[attr-defined]
+        assert 30 <= len(Path(source).read_text().splitlines()) <= 80, name
 
 
 def test_an_unknown_peer_lists_the_known_ones() -> None:
