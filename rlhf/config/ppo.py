@@ -142,6 +142,11 @@ class PPOConfig:
                 "importance_cap compares the training forward with the rollout: set "
                 "old_logprobs to recompute"
             )
+        if self.critic_warmup >= self.iterations:
+            raise ValueError(
+                f"critic_warmup ({self.critic_warmup}) must be below iterations "
+                f"({self.iterations}): the actor would never learn"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}")
         if self.reward_weights is not None and len(self.reward_weights) != len(

@@ -53,12 +53,15 @@ def prompts(n: int, split: Split, *, seed: int = 0) -> list[Row]:
 def exact_match(
     prompts: Sequence[Any],
     completions: Sequence[str | Sequence[Message]],
-    answer: Sequence[str],
+    answer: Sequence[str | None],
     **columns: Any,
-) -> list[float]:
-    """1.0 where the completion is the answer and nothing else, else 0.0: a reward function."""
+) -> list[float | None]:
+    """1.0 where the completion is the answer and nothing else, else 0.0: a reward function.
+
+    None, skipped, where there is no answer: rows of another dataset in a mix.
+    """
     return [
-        float(last_content(completion).strip() == right.strip())
+        None if right is None else float(last_content(completion).strip() == right.strip())
         for completion, right in zip(completions, answer, strict=True)
     ]
 

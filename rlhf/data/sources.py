@@ -188,9 +188,11 @@ def _hold_out(rows: Dataset, split: Split, fraction: float, name: str) -> Datase
         if is_heldout(prompt_text(row), fraction) == (split == "test")
     ]
     if not kept:
+        prompts = len({prompt_text(row) for row in rows})
         raise ValueError(
-            f"no row of {name!r} falls into its {split} side: {len(rows)} rows are too few to hold"
-            f" out {fraction:.0%}; raise heldout_fraction or give a dataset with a test split"
+            f"no row of {name!r} falls into its {split} side: {len(rows)} rows with {prompts}"
+            f" different prompts are too few to hold out {fraction:.0%}; raise heldout_fraction"
+            " or give a dataset with a test split"
         )
     return rows.select(kept)
 

@@ -6,15 +6,43 @@ import dataclasses
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_engine import EngineConfig
+from rlhf import distributed
 from rlhf.config import DPOConfig, PPOConfig
 from rlhf.data.formats import last_content
 from rlhf.engines import Engine
-from rlhf.evaluation import compare_with_hf_generate, evaluate_policy
+from rlhf.evaluation import compare_with_hf_generate, evaluate_policy, try_metric
+from rlhf.pipeline.data import data_of, prompts
 from rlhf.pipeline.workspace import Workspace
 from rlhf.rewards import Reward
+
+
+def heldout_prompts(
+    run: Workspace,
+    step: PPOConfig | DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *models: nn.Module | None,
+    option: str,
+) -> Dataset:
+    """The encoded prompts of `evaluate`: what could fail there fails here, before training.
+
+    Raises ValueError for prompts that are too long for a model or too few, or a bad metric.
+    """
+    data = data_of(run.config, step.data, "prompts")
+    rows = prompts(
+        data, "test", tokenizer, *models, option=option, max_new_tokens=step.max_new_tokens
+    )
+    rows = rows.select(range(min(run.config.evaluation.prompts, len(rows))))
+    if len(rows) < (ranks := distributed.world_size()):
+        raise ValueError(
+            f"{len(rows)} held-out prompts for {ranks} processes: raise evaluation.prompts or "
+            f"{option}.heldout_rows"
+        )
+    try_metric(run.metric, rows)
+    return rows
 
 
 def evaluate(
@@ -26,13 +54,8 @@ def evaluate(
     rows: Dataset,
     step: PPOConfig | DPOConfig,
 ) -> None:
-    """Fill the report: scores, quality and KL, dialogues, and the speed beside HF `generate`.
-
-    Args:
-        rows: the encoded prompts, of which so many are taken as are asked for.
-    """
+    """Fill the report: scores, quality and KL, dialogues, and the speed beside HF `generate`."""
     evaluation, report = run.config.evaluation, run.report
-    rows = rows.select(range(min(evaluation.prompts, len(rows))))
     options: dict[str, Any] = {
         "max_new_tokens": step.max_new_tokens,
         "metric": run.metric,
@@ -48,8 +71,8 @@ def evaluate(
         for prompt, before, after in list(answers)[: evaluation.samples]
     ]
     if evaluation.compare_hf_generate:
-        prompts = list(rows["input_ids"])[: step.batch_size]
+        batch = list(rows["input_ids"])[: step.batch_size]
         with policy.gathered():  # for HF's generate; ranks may share the weights of ours
             report.throughput = compare_with_hf_generate(
-                policy.module, tokenizer, prompts, max_new_tokens=step.max_new_tokens
+                policy.module, tokenizer, batch, max_new_tokens=step.max_new_tokens
             )

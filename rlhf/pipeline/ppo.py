@@ -9,10 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_engine import EngineConfig
 from rlhf.data import RowBatches, load_tokenizer
-from rlhf.evaluation import try_metric
 from rlhf.models import add_adapters, load_causal_lm, parameter_count
 from rlhf.pipeline.data import data_of, mixture, prompts
-from rlhf.pipeline.evaluation import evaluate
+from rlhf.pipeline.evaluation import evaluate, heldout_prompts
 from rlhf.pipeline.models import critic_path, load_critic_of, load_reward
 from rlhf.pipeline.workspace import Workspace
 from rlhf.tracking import ProgressBar
@@ -29,14 +28,13 @@ def train_ppo(run: Workspace) -> None:
         path = config.actor_path or run.from_step("sft", "ppo.actor_path")
         tokenizer = load_tokenizer(path)
         engine = _load(run, path, tokenizer)
-        rows, heldout = (
-            prompts(
-                data_of(run.config, config.data, "prompts"), split, tokenizer, engine.actor,
-                engine.critic, option="ppo.data", max_new_tokens=config.max_new_tokens,
-            )
-            for split in ("train", "test")
+        rows = prompts(
+            data_of(run.config, config.data, "prompts"), "train", tokenizer, engine.actor,
+            engine.critic, option="ppo.data", max_new_tokens=config.max_new_tokens,
         )  # fmt: skip
-        try_metric(run.metric, heldout)
+        heldout = heldout_prompts(
+            run, config, tokenizer, engine.actor, engine.critic, option="ppo.data"
+        )
         mixed = mixture(run.config, tokenizer, engine.actor) if config.ptx_coef else None
         trainer = PPOTrainer(engine, config, seed=run.config.seed, mixture=mixed)
         _iterate(run, trainer, rows)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from datasets import Dataset
 
 from rlhf.data import load_tokenizer
-from rlhf.evaluation import try_metric
 from rlhf.models import add_adapters, load_causal_lm, load_scorer, parameter_count, positions_of
-from rlhf.pipeline.data import data_of, normalisation_answers, prompts, training_rows
-from rlhf.pipeline.evaluation import evaluate
+from rlhf.pipeline.data import data_of, normalisation_answers, training_rows
+from rlhf.pipeline.evaluation import evaluate, heldout_prompts
 from rlhf.pipeline.models import first_model
 from rlhf.pipeline.workspace import Workspace
 from rlhf.rewards import Reward
@@ -61,11 +60,7 @@ def train_dpo(run: Workspace) -> None:
         data = data_of(run.config, config.data, "preferences")
         rows, heldout = training_rows(data, tokenizer, model, option="dpo.data")
         if metric is not None:  # what cannot be evaluated is said before training
-            questions = prompts(
-                data_of(run.config, config.data, "prompts"), "test", tokenizer, model,
-                option="dpo.data", max_new_tokens=config.max_new_tokens,
-            )  # fmt: skip
-            try_metric(metric, questions)
+            questions = heldout_prompts(run, config, tokenizer, model, option="dpo.data")
         trainer = DPOTrainer(model, tokenizer, config, seed=run.config.seed, engines=run.engines)
         run.report.dpo = _train(run, "dpo", trainer, rows, heldout)
         run.save(trainer.engine, tokenizer, "dpo", base=path)

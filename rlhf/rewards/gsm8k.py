@@ -15,16 +15,16 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 def exact_answer(
     prompts: Sequence[Any],
     completions: Sequence[str | Sequence[Message]],
-    answer: Sequence[str],
+    answer: Sequence[str | int | float | None],
     **columns: Any,
 ) -> list[float | None]:
     """1.0 if the completion's final number is that of the `answer` column, else 0.0.
 
     The final number is the one after the last "####", or without that mark the last one. A row
-    whose reference answer has no number is skipped.
+    without a reference answer, or without a number in it, is skipped.
     """
     found = (final_number(last_content(completion)) for completion in completions)
-    wanted = (final_number(reference) for reference in answer)
+    wanted = (final_number("" if gold is None else str(gold)) for gold in answer)
     return [
         None if right is None else float(given == right)
         for given, right in zip(found, wanted, strict=True)

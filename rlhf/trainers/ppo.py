@@ -102,10 +102,16 @@ class PPOTrainer:
             columns: for reward functions, an entry for each prompt: "prompt", the prompt as text or
                 messages (default: the tokens decoded), and whatever else the data has.
 
-        Raises ValueError if the policy has left the reference by more than `kl_limit`.
+        Raises ValueError if the policy has left the reference by more than `kl_limit`, or there are
+        fewer prompts than ranks.
         """
         engine, config = self.engine, self.config
         self._watch = Stopwatch()
+        if len(prompts) < (ranks := distributed.world_size()):
+            raise ValueError(
+                f"a rollout of {len(prompts)} prompts for {ranks} processes: raise batch_size, or "
+                "give more prompts"
+            )
         for name, column in (columns or {}).items():
             if len(column) != len(prompts):
                 raise ValueError(

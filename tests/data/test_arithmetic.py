@@ -62,3 +62,4 @@ def test_exact_match_is_exact() -> None:
     assert exact_match([""] * 7, completions, answer=["7"] * 7) == expected
     message = [{"role": "assistant", "content": " 7"}]
     assert exact_match([""], [message], answer=["7"]) == [1.0]
+    assert exact_match([""], [message], answer=[None]) == [None]

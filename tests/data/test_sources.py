@@ -153,7 +153,11 @@ def test_synthetic_rows_by_purpose():
         ('{"prompt": "a"', {}, "cannot load .*bad.json.*; tried this file: .*JSON"),
         ('{"input": "a"}', {}, "columns input: it needs one of .*prompt, chosen, rejected"),
         ('{"prompt": " "}', {}, "nothing to learn from: in all its 1 rows"),
-        ('{"prompt": "a"}', {"split": "test"}, "falls into its test side: 1 rows are too few"),
+        (
+            '{"prompt": "a"}',
+            {"split": "test"},
+            "1 rows with 1 different prompts are too few",
+        ),
         ('{"prompt": "a"}', {"split": "dev"}, "unknown split 'dev'"),
         ('{"prompt": "a"}', {"purpose": "play"}, "unknown purpose 'play'"),
         ('{"prompt": "a"}', {"heldout_fraction": 1.5}, "between 0 and 1, got 1.5"),

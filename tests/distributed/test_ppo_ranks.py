@@ -61,8 +61,7 @@ def run(
         experience = trainer.generate_experience(PROMPTS)
         trainer.train_rlhf(experience)
         experiences.append(experience)
-        # The last counts tokens whose value changed by rounding alone, too.
-        left_out = ("timing_s/", "perf/", "val/clipfrac")
+        left_out = ("timing_s/", "perf/")
         history.append({n: v for n, v in trainer.metrics.items() if not n.startswith(left_out)})
     assert trainer.critic is not None
     assert trainer.average is not None
@@ -147,3 +146,14 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         difference = (found[name] - weight).abs()
         assert float(difference.max()) <= 2 * ITERATIONS * 2 * OPTIMIZER.learning_rate, name
         assert float((difference > 1e-5).float().mean()) < 0.01, name
+
+
+def fewer_prompts_than_ranks() -> str:
+    with pytest.raises(ValueError, match="processes") as caught:
+        trainer_of(2, False, {}).generate_experience(PROMPTS[:1])
+    return str(caught.value)
+
+
+def test_every_rank_needs_a_prompt() -> None:
+    expected = "a rollout of 1 prompts for 2 processes: raise batch_size, or give more prompts"
+    assert run_ranks(fewer_prompts_than_ranks) == [expected] * 2

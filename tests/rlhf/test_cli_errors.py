@@ -23,6 +23,7 @@ BAD_OPTIONS = {
     "mini-batches": (["--ppo.mini_batches", "9"], r"mini_batches \(9\) must not exceed"),
     "kl-target": (["--ppo.kl_target", "0"], "kl_target must be positive, got 0.0"),
     "smoothing": (["--dpo.loss", "ipo", "--dpo.label_smoothing", "0.1"], "ipo has none"),
+    "warm-up": (["--ppo.critic_warmup", "2"], r"critic_warmup \(2\) must be below iterations"),
     "eos-of-nothing": (["--model.eos_token", "<end>"], "give model.tokenizer too"),
     "metric": (["--evaluation.metric", "nowhere:f"], "nowhere:f.*give module:function"),
 }
