@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_engine.engine import HybridEngine
+from hybrid_engine.eval_mode import eval_mode
 from hybrid_engine.generation import SamplingParams
 from hybrid_engine.models import find_family
 from hybrid_engine.weights import whole_shape
@@ -53,13 +54,10 @@ class SelfCheck:
 
 @torch.no_grad()
 def self_check(model: nn.Module, engine: HybridEngine) -> SelfCheck:
-    """Compare the engine with the model's own forward. The model's mode is as before after it."""
-    was_training = model.training
-    model.eval()
-    try:
+    """Compare the engine with the model's own forward, in eval mode and in the weights' type."""
+    device = next(model.parameters()).device
+    with eval_mode(model), torch.autocast(device.type, enabled=False):
         return _compare(model, engine)
-    finally:
-        model.train(was_training)
 
 
 def _compare(model: Any, engine: HybridEngine) -> SelfCheck:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hybrid_engine.accelerate import plain_generation, unwrap
+from hybrid_engine.eval_mode import eval_mode
 
 
 def measure_speedup(
@@ -28,16 +29,12 @@ def measure_speedup(
     target: Any = unwrap(model)
     vocab = target.get_output_embeddings().weight.shape[0]
     ids = torch.randint(vocab, (batch, prompt_tokens), device=target.device)
-    was_training = target.training
-    target.eval()
     seconds: dict[str, list[float]] = {"plain": [], "accelerated": []}
-    try:
+    with eval_mode(target):
         for _ in range(repeats + 1):
             with plain_generation(target):
                 seconds["plain"].append(_time(target, ids, new_tokens))
             seconds["accelerated"].append(_time(target, ids, new_tokens))
-    finally:
-        target.train(was_training)
     plain, accelerated = (statistics.median(times[1:]) for times in seconds.values())
     return plain / accelerated
 

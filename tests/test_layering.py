@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up. Neighbours on a floor do not know each other; a bare package is its __init__.
 FLOORS = [
-    ["hybrid_engine.ops", "hybrid_engine.parallel"],
+    ["hybrid_engine.ops", "hybrid_engine.parallel", "hybrid_engine.eval_mode"],
     ["hybrid_engine.cache"],
     ["hybrid_engine.weights"],
     ["hybrid_engine.models"],

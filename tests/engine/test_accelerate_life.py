@@ -72,6 +72,23 @@ def test_restore_leaves_no_trace(model: Any) -> None:
     assert he.restore(model) is model
 
 
+def test_every_module_keeps_its_mode(model: Any) -> None:
+    model.train()
+    model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    he.accelerate(model)
+    he.measure_speedup(model, batch=1, prompt_tokens=1, new_tokens=1, repeats=1)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_accelerating_under_autocast(model: Any) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        he.accelerate(model)
+    state = he.acceleration(model)
+    assert state is not None
+    assert state.check.passed
+
+
 def test_accelerating_twice_is_accelerating_once(model: Any) -> None:
     he.accelerate(model)
     state = he.acceleration(model)
