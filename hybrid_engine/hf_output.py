@@ -12,7 +12,9 @@ from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from hybrid_engine.eval_mode import eval_mode
 from hybrid_engine.generation import Rollout, SamplingParams
+from hybrid_engine.models.lora import active_adapters, is_lora
 
 PerStep = tuple[Tensor, ...]  # T tensors (B, V)
 
@@ -60,11 +62,28 @@ class LazyOutput(GenerateDecoderOnlyOutput):
         self._materialise()
         return super().to_tuple()
 
+    def __contains__(self, key: Any) -> bool:
+        return key in self.__dict__["_compute"] or super().__contains__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __len__(self) -> int:
+        return super().__len__() + len(self.__dict__["_compute"])
+
+    def __reduce__(self) -> Any:
+        """A copy, or a pickle, is HF's own output."""
+        return GenerateDecoderOnlyOutput(**dict(self.items())).__reduce__()
+
 
 class Replay:
     """The logits of generated tokens, by one forward of the model over whole sequences.
 
-    Holds no logits itself. Raises RuntimeError if the weights have moved since the generation.
+    Holds no logits itself. Raises RuntimeError if the weights have moved since the generation, or
+    other adapters are active.
     """
 
     def __init__(
@@ -85,20 +104,20 @@ class Replay:
         self._mask = mask
         device = sequences.device.type
         self._autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        self._versions = self._weight_versions()
+        self._state = self._weights()
 
     def logits(self) -> PerStep:
         """T tensors (B, V) fp32, as the model gives them."""
-        if self._weight_versions() != self._versions:
+        if self._weights() != self._state:
             raise RuntimeError(
-                "the weights have changed since this generation: read scores and logits before "
-                "the optimizer's step"
+                "the weights have changed since this generation, or the active adapters: read "
+                "scores and logits before the optimizer's step, and inside of disable_adapter()"
             )
         steps = self._sequences.shape[1] - self._width
         options: dict[str, Any] = {}
         if self._model._supports_logits_to_keep():
             options["logits_to_keep"] = steps
-        with torch.no_grad(), self._as_generated():
+        with torch.no_grad(), eval_mode(self._model), self._as_generated():
             output = self._model(
                 input_ids=self._sequences[:, :-1], attention_mask=self._mask[:, :-1],
                 position_ids=(self._mask.cumsum(1) - 1).clamp(min=0)[:, :-1], use_cache=False,
@@ -119,8 +138,13 @@ class Replay:
             return torch.autocast(device, enabled=False)
         return torch.autocast(device, dtype=self._autocast)
 
-    def _weight_versions(self) -> list[int]:
-        return [parameter._version for parameter in self._model.parameters()]
+    def _weights(self) -> list[Any]:
+        """What differs when the weights do: which they are, their versions, active adapters."""
+        versions = [
+            (id(parameter), 0 if parameter.is_inference() else parameter._version)
+            for parameter in self._model.parameters()
+        ]
+        return versions + [active_adapters(m) for m in self._model.modules() if is_lora(m)]
 
 
 def batch_outputs(

@@ -15,7 +15,8 @@ class FusedParameters:
     notices and fuses anew.
 
     Parameters that are part of somebody's storage already, as ZeRO 1 and 2 flatten them, stay
-    there: if they lie one after another, they are the buffer; if not, it is a copy.
+    there: if they lie one after another, they are the buffer; if not, it is a copy. It is one of
+    parameters made in inference mode too, whose storage cannot be replaced.
     """
 
     def __init__(self, modules: list[nn.Module], name: str) -> None:
@@ -38,7 +39,7 @@ class FusedParameters:
         parameters = self._parameters()
         tensors = [parameter.data for parameter in parameters]
         adjacent = _as_one(tensors)
-        foreign = any(self._is_foreign(tensor) for tensor in tensors)
+        foreign = any(map(self._is_foreign, tensors)) or any(p.is_inference() for p in parameters)
         self._is_ours = adjacent is None and not foreign
         self._buffer = torch.cat(tensors) if adjacent is None else adjacent
         if self._is_ours:

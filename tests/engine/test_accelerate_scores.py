@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -55,6 +57,54 @@ def test_no_view_of_the_output_misses_the_scores(model: Any, view: str) -> None:
         assert len(output[1]) == 12
     else:
         assert len(list(getattr(output, view)())) == 2
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
+def test_the_output_counts_as_hf_counts(model: Any, read: bool) -> None:
+    he.accelerate(model)
+    options = {"do_sample": False, "return_dict_in_generate": True, **OPTIONS}
+    output = model.generate(IDS, output_scores=True, **options)
+    scores = output.scores if read else None
+    assert len(output) == 2
+    assert "scores" in output
+    assert "logits" not in output
+    assert output.get("logits", 5) == 5
+    assert output.get("scores") is (scores or output.scores)
+    for copied in (copy.deepcopy(output), pickle.loads(pickle.dumps(output))):
+        assert list(copied) == ["sequences", "scores"]
+        assert torch.equal(torch.stack(copied.scores), torch.stack(output.scores))
+
+
+def test_scores_have_no_dropout_in_train_mode(build) -> None:
+    model = build("llama", attention_dropout=0.5)
+    he.accelerate(model)
+    first, second = (model.generate(IDS, do_sample=False, **SCORED, **OPTIONS) for _ in range(2))
+    expected = torch.stack(first.scores)
+    model.train()
+    assert torch.equal(torch.stack(second.scores), expected)
+    assert model.training
+
+
+def test_scores_of_other_adapters_are_refused(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = he.accelerate(peft.get_peft_model(model, config).eval())
+    with adapted.disable_adapter():
+        output = adapted.generate(input_ids=IDS, do_sample=False, **SCORED, **OPTIONS)
+        assert output.logits[0].isfinite().all()
+    with pytest.raises(RuntimeError, match="or the active adapters"):
+        _ = output.scores
+
+
+def test_a_model_made_in_inference_mode_gives_scores(build) -> None:
+    with torch.inference_mode():
+        model = build("llama")
+    expected = model.generate(IDS, do_sample=False, **SCORED, **OPTIONS)
+    he.accelerate(model)
+    output = model.generate(IDS, do_sample=False, **SCORED, **OPTIONS)
+    assert served(model) == 1
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(output.scores, expected.scores, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_of_other_weights_are_refused(model: Any) -> None:
