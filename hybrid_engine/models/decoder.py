@@ -103,6 +103,7 @@ class Decoder:
     def refresh(self) -> None:
         """See the modules and parameters as they are now. Call before a rollout."""
         if list(self._model.modules()) != self._modules:  # an adapter, a resized embedding
+            self.release()  # what the new parts find fused, they would never give back
             self._resolve()
         for linear in self._linears:
             linear.refresh()

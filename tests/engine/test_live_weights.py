@@ -275,6 +275,17 @@ def test_a_resized_embedding_is_seen(build, hf_greedy, prompts) -> None:
     assert response == hf_greedy(model, [1, 99, 98], GREEDY.max_new_tokens)
 
 
+def test_release_after_new_modules_unshares_all(build, prompts) -> None:
+    model = build("llama")
+    engine = HybridEngine(model)
+    engine.generate(prompts, GREEDY)
+    model.resize_token_embeddings(100)
+    engine.generate(prompts, GREEDY)
+    engine.release()
+    shared = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert len(shared) == len(list(model.parameters()))
+
+
 def wrap(model: nn.Module, path: str) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, LowRankLinear(model.get_submodule(path)))
