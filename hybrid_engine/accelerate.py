@@ -94,8 +94,8 @@ _accelerations: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.Wea
 def accelerate(model: Model, config: EngineConfig | None = None) -> Model:
     """Make `model.generate(...)` run on the hybrid engine; returns the model.
 
-    The model may be wrapped by PEFT, DDP or DeepSpeed. It is left as it is, with a warning, when
-    its family is unknown or when the engine's logits are not the model's.
+    The model may be wrapped by PEFT, DDP, DeepSpeed or torch.compile. It is left as it is, with a
+    warning, when its family is unknown or when the engine's logits are not the model's.
     """
     target = unwrap(model)
     if target in _accelerations:
@@ -145,9 +145,11 @@ def plain_generation(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The causal language model inside PEFT, DDP or DeepSpeed wrappers."""
+    """The causal language model inside PEFT, DDP, DeepSpeed or torch.compile's wrappers."""
     while True:
-        if hasattr(model, "get_base_model"):
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(getattr(model, "module", None), nn.Module):
             model = model.module

@@ -107,6 +107,12 @@ def test_wrapped_model(model: Any) -> None:
     assert served(wrapper) == 1
 
 
+def test_compiled_model(model: Any) -> None:
+    compiled: Any = he.accelerate(torch.compile(model, backend="eager"))
+    compiled.generate(IDS, do_sample=False, **OPTIONS)
+    assert served(compiled) == 1
+
+
 BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "gate-and-up": ("llama", {"mlp_up": ("mlp.up_proj", "mlp.gate_proj")}, "from layer 0 on"),
     "keys-and-values": (
