@@ -40,8 +40,10 @@ class SamplingParams:
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not (self.temperature == 0 or 1e-30 <= self.temperature < math.inf):  # 1 / it is fp32
+            raise ValueError(
+                f"temperature must be 0 (greedy) or at least 1e-30, got {self.temperature}"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:

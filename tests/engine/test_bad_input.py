@@ -228,6 +228,7 @@ OPTIONS: list[tuple[type, dict[str, Any]]] = [
     (SamplingParams, {"n": 0}),
     (SamplingParams, {"n": -1}),
     (SamplingParams, {"temperature": -0.1}),
+    (SamplingParams, {"temperature": 1e-40}),
     (SamplingParams, {"temperature": float("nan")}),
     (SamplingParams, {"repetition_penalty": float("nan")}),
     (SamplingParams, {"top_p": float("nan")}),
