@@ -175,6 +175,14 @@ def test_unwritable_cache_is_a_clear_error(csrc, tmp_path, monkeypatch):
         build.build_cpu(csrc, "default")
 
 
+def test_a_user_without_a_home_is_a_clear_error(csrc, monkeypatch):
+    for name in ("HYBRID_ENGINE_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # of nobody in the list of users
+    with pytest.raises(build.BuildError, match=r"no home directory.*CACHE_DIR at a wri"):
+        build.build_cpu(csrc, "default")
+
+
 IMPORT = "from hybrid_engine import ops; print(ops.NATIVE.library, '|', ops.NATIVE.reason)"
 
 

@@ -134,7 +134,7 @@ def find_compiler() -> str:
         if name and (path := shutil.which(name)):
             return path
     raise BuildError(
-        "no C++ compiler found (looked for $CXX, g++, c++, clang++). Install g++ 9 or newer, or "
+        "no C++ compiler found (looked for $CXX, g++, c++, clang++). Install g++ 11 or newer, or "
         "set HYBRID_ENGINE_NATIVE=off to use the PyTorch reference, which is many times slower"
     )
 
@@ -191,7 +191,15 @@ def cache_directory() -> Path:
     """$HYBRID_ENGINE_CACHE_DIR, else hybrid_engine under $XDG_CACHE_HOME or ~/.cache."""
     if explicit := os.environ.get("HYBRID_ENGINE_CACHE_DIR"):
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_engine"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "hybrid_engine"
+    try:
+        return Path.home() / ".cache" / "hybrid_engine"
+    except RuntimeError as error:  # a container's user that no file knows
+        raise BuildError(
+            "there is no home directory for the kernel cache: point HYBRID_ENGINE_CACHE_DIR at a "
+            "writable folder"
+        ) from error
 
 
 def build(name: str, csrc: Path, units: list[Compilation], link: list[str]) -> Path:
