@@ -1,4 +1,4 @@
-"""The ops that read weights or the KV cache, and the fused log-probs, against torch's best."""
+"""The ops that read weights or the KV cache, against torch's best."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.case import BF16, BLOCK, HEAD_DIM, HEADS, KV_HEADS, Case, Place, size
+from benchmarks.gpu.case import BLOCK, HEAD_DIM, HEADS, KV_HEADS, Case, Place, size
 from hybrid_engine import ops
 
 SCALE = HEAD_DIM**-0.5
@@ -100,36 +100,3 @@ def linears(at: Place) -> Iterator[Case]:
 
 
 FAMILIES = (decodes, prefills, linears)
-
-
-def logprob_memory(at: Place) -> dict[str, float]:
-    """Time and peak memory of log-probs and entropy, fused and with all the logits."""
-    tokens, hidden_dim, vocabulary = 4096, 4096, 128256
-    hidden = at.randn(tokens, hidden_dim)
-    weight = at.randn(vocabulary, hidden_dim) * hidden_dim**-0.5
-    targets = torch.randint(vocabulary, (tokens,), device=at.device)
-
-    def materialising() -> tuple[Tensor, Tensor]:
-        logprobs = torch.log_softmax(F.linear(hidden, weight).float(), -1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
-
-    record: dict[str, float] = {"logits_bytes": tokens * vocabulary * BF16.itemsize}
-    results = []
-    for name, function in (
-        ("ours", lambda: ops.linear_logprob(hidden, weight, targets)),
-        ("plain", materialising),
-    ):
-        results.append(function())
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        record[f"{name}_ms"] = begin.elapsed_time(end)
-        record[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    record["largest_difference"] = (results[0][0] - results[1][0]).abs().amax().item()
-    return record

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from benchmarks.gpu import cases, cases_model, cases_training
+from benchmarks.gpu import cases, cases_model, cases_training, logprobs
 from benchmarks.gpu.case import Case, Place
 from hybrid_engine import ops
 
@@ -34,6 +34,18 @@ def test_a_wrong_kernel_is_found() -> None:
     object.__setattr__(case, "ours", lambda *args: right(*args) * 1.1)
     error, allowed = case.check()
     assert error > allowed
+
+
+@pytest.mark.parametrize("name", logprobs.PASSES)
+def test_fused_log_probs_and_all_the_logits_agree(name: str) -> None:
+    torch.manual_seed(0)
+    inputs = logprobs.Inputs.at(HERE)
+    assert inputs.logits_bytes == 64 * 2004 * 2
+    assert logprobs.largest_difference(name, inputs) <= logprobs.WORST_DIFFERENCE
+    ours, plain = (logprobs.PASSES[name](head, inputs) for head in logprobs.HEADS.values())
+    assert [x.shape for x in ours] == [x.shape for x in plain]
+    for found, expected in zip(ours[2:], plain[2:], strict=True):  # gradients
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 def test_every_kind_of_op_is_timed() -> None:
