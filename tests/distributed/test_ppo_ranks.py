@@ -157,3 +157,20 @@ def fewer_prompts_than_ranks() -> str:
 def test_every_rank_needs_a_prompt() -> None:
     expected = "a rollout of 1 prompts for 2 processes: raise batch_size, or give more prompts"
     assert run_ranks(fewer_prompts_than_ranks) == [expected] * 2
+
+
+def _groups(zero_stage: int | None) -> Experience:
+    trainer = trainer_of(zero_stage, False, {}, algorithm="grpo", samples_per_prompt=3)
+    experience = trainer.generate_experience(PROMPTS)
+    trainer.train_rlhf(experience)
+    return experience
+
+
+def test_groups_are_sampled_as_on_one_process() -> None:
+    """Three responses to each prompt, the equal prompts on two ranks among them."""
+    expected = _groups(None)
+    assert len({tuple(row) for row in expected.input_ids[3:6].tolist()}) == 3
+    for found in run_ranks(_groups, 2):
+        assert_same_tokens(found, expected)
+        sizes = found.groups.unique(return_counts=True)[1]
+        assert sizes.tolist() == [3] * len(PROMPTS)
