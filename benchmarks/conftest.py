@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-baseline", action="store_true", help=f"write the ratios to {BASELINE.name}"
     )
+    parser.addoption("--record", type=Path, help="file for the JSON record")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,7 +79,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write("")
     if regressed(write, {case: geometric_mean(by_op[case]) for case in by_op}, header, config):
         terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    write(json.dumps({**header, "geometric_mean": round(overall, 3), "cases": records}))
+    record = json.dumps({**header, "geometric_mean": round(overall, 3), "cases": records})
+    write(record)
+    if path := config.getoption("--record"):
+        path.write_text(record)
 
 
 def regressed(

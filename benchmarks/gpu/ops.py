@@ -1,8 +1,9 @@
-"""Every op on the GPU against plain PyTorch: `python -m benchmarks.gpu.ops RECORD.json`.
+"""Every op on the GPU against plain PyTorch: `python -m benchmarks.gpu.ops RECORD.json [WORD...]`.
 
-A case whose result is off is not timed. Times are device times of calls replayed in a CUDA graph,
-in rounds that alternate with the baseline; the record says what got slower. Exits with 1 if a case
-failed, with 3 where there is no GPU.
+RECORD.json may be -, for none; only cases whose names have all the words are run. One whose result
+is off is not timed. Times are device times of calls replayed in a CUDA graph, in rounds that
+alternate with the baseline; the record says what got slower. Exits with 1 if a case failed, with 3
+where there is no GPU.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def line(record: dict[str, Any]) -> str:
     )
 
 
-def run(path: Path) -> bool:
-    """Measure everything, write the record, and say whether all went well."""
+def run(path: Path | None, words: list[str]) -> bool:
+    """Measure the cases that have all the words, write the record, say whether all went well."""
     header = machine(copy_GBps=round(copy_bandwidth(), 1))
     result: dict[str, Any] = {**header, "cases": []}
     print("  ".join(f"{key}={value}" for key, value in header.items()))
@@ -66,6 +67,8 @@ def run(path: Path) -> bool:
     for family in (*cases.FAMILIES, *cases_model.FAMILIES, *cases_training.FAMILIES):
         try:
             for case in family(Place()):
+                if not all(word in case.name for word in words):
+                    continue
                 record = measure(case, result["copy_GBps"])
                 result["cases"].append(record)
                 print(line(record), flush=True)
@@ -73,11 +76,15 @@ def run(path: Path) -> bool:
             result["cases"].append({"name": family.__name__, "failed": traceback.format_exc()})
             print(traceback.format_exc(), flush=True)
         torch.cuda.empty_cache()
-        path.write_text(json.dumps(result))
+        write(result, path)
     summarise(result)
-    path.write_text(json.dumps(result))
+    if not words:
+        result["linear_logprob"] = logprobs.measure(Place())
+        for name, record in result["linear_logprob"].items():
+            print(f"linear_logprob, {name}: {record}")
+    write(result, path)
     print(json.dumps(result))
-    records = [*result["cases"], *result["linear_logprob"].values()]
+    records = [*result["cases"], *result.get("linear_logprob", {}).values()]
     return not any("failed" in record for record in records)
 
 
@@ -91,13 +98,15 @@ def summarise(result: dict[str, Any]) -> None:
         f"{record['name']} ({record['ratio']:.2f})" for record in timed if record["ratio"] < 1
     ]
     print(f"slower than torch: {', '.join(slower) or 'none'}")
-    result["linear_logprob"] = logprobs.measure(Place())
-    for name, record in result["linear_logprob"].items():
-        print(f"linear_logprob, {name}: {record}")
+
+
+def write(result: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(result))
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         print(__doc__, file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
@@ -106,7 +115,8 @@ def main() -> int:
     if ops.NATIVE.cuda_library is None:
         print(f"no CUDA kernels: {ops.NATIVE.cuda_reason}", file=sys.stderr)
         return 1
-    return 0 if run(Path(sys.argv[1])) else 1
+    path, *words = sys.argv[1:]
+    return 0 if run(None if path == "-" else Path(path), words) else 1
 
 
 if __name__ == "__main__":

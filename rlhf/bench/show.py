@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.bench.measure import append_record
+from rlhf.bench.measure import append_record, geometric_mean
 
 Row = dict[str, Any]
 Column = tuple[str, str, str]  # heading, key, format
@@ -133,3 +133,31 @@ def plot_phases(record: Row, path: Path) -> None:
 def bar_names(rows: Sequence[Row]) -> list[str]:
     """A name for each case: bars of one name would lie on one another."""
     return [f"{r['peer']}\n{r['model']}, batch {r['batch']}\n{r['lengths']}" for r in rows]
+
+
+def plot_ops(record: Row, path: Path) -> None:
+    """How many times as fast as torch each case is, a row for each op."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ratios: dict[str, list[float]] = {}
+    for case in record["cases"]:
+        if "ratio" in case:
+            ratios.setdefault(case["name"].split("-")[0], []).append(case["ratio"])
+    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.3 * len(ratios)), layout="constrained")
+    for place, found in enumerate(reversed(ratios.values())):
+        axis.plot(found, [place] * len(found), "|", color="C0", markersize=10)
+        axis.plot(geometric_mean(found), place, "o", color="C1")
+    axis.set_yticks(range(len(ratios)), list(reversed(ratios)))
+    axis.set_ylim(-0.5, len(ratios) - 0.5)
+    axis.set_xscale("log")
+    axis.axvline(1, color="0.5", linewidth=1)
+    axis.set(
+        xlabel="time of torch / time of the op: each case, and their geometric mean",
+        title=f"{record['gpu'] or record['processor']}, commit {record['commit']}",
+    )
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from rlhf.bench.measure import read_records
 from rlhf.bench.models import step_models
+from rlhf.bench.ops import on_cpu, on_gpu
 from rlhf.bench.plain_loop import full_logprobs
-from rlhf.bench.show import bar_names
+from rlhf.bench.show import bar_names, plot_ops
 from rlhf.bench.subject import Subject
 from rlhf.cli.main import main
 from rlhf.models import response_logprobs
@@ -80,6 +82,34 @@ def test_memory(tmp_path: Path) -> None:
     ((row,),) = [record["rows"] for record in read_records(tmp_path / "memory.jsonl")]
     assert row["cache_GB"] == 4 * 16 * 2 * 4 * 2 * 32 * 4 / 1e9
     assert row["peak_GB"] > row["model_GB"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the ops of the GPU are measured")
+def test_ops(tmp_path: Path) -> None:
+    options = ["--filter", "add_rms_norm B1- D288 and fp32", "--output", str(tmp_path)]
+    assert main(["bench", "ops", *options]) == 0
+    record = json.loads((tmp_path / "ops.json").read_text())
+    (case,) = record["cases"]
+    assert case["name"] == "add_rms_norm-B1-D288-fp32"
+    assert case["ratio"] == pytest.approx(case["baseline_us"] / case["ours_us"])
+    assert record["commit"]
+    assert (tmp_path / "ops.png").stat().st_size > 5000
+
+
+def test_ops_have_a_plot_on_either_device(tmp_path: Path) -> None:
+    """A case that failed has no ratio, and none of the plot."""
+    cases = [{"name": "relu-B1", "ratio": 0.8}, {"name": "relu-B8", "failed": "error 1"}]
+    for number, gpu in enumerate((None, "NVIDIA H100")):
+        record = {"gpu": gpu, "processor": "one", "commit": "abc", "cases": cases}
+        plot_ops(record, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 5000
+
+
+def test_the_words_of_a_filter_are_all_wanted_on_either_device() -> None:
+    record = Path("/tmp/ops.json")
+    assert on_cpu(["rms", "B1"], record)[-4:] == ["-k", "rms and B1", "--record", str(record)]
+    assert on_gpu(["rms", "B1"], None) == ["-m", "benchmarks.gpu.ops", "-", "rms", "B1"]
 
 
 def test_nothing_measured_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
