@@ -273,7 +273,7 @@ def test_metrics_have_the_names_that_users_know(make) -> None:
     assert metrics["val/num_eos_tokens"] == int(experience.ended.sum())
     assert metrics["objective/scores"] == pytest.approx(float(experience.scores.mean()))
     reward = metrics["objective/scores"] + metrics["objective/non_score_reward"]
-    assert metrics["objective/rlhf_reward"] == pytest.approx(reward)
+    assert metrics["objective/rlhf_reward"] == pytest.approx(reward, abs=1e-6)  # fp32, cancelled
     laps = ("rollout", "score", "update_actor", "update_critic")
     total = sum(metrics[f"timing_s/{lap}"] for lap in laps)
     assert metrics["timing_s/step"] == pytest.approx(total)
