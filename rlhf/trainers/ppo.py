@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 
 from hybrid_engine import Rollout, SamplingParams, sequence_seeds
 from rlhf import distributed
@@ -20,21 +19,16 @@ from rlhf.config import PPOConfig
 from rlhf.engines import TrainingEngine
 from rlhf.experience import Experience
 from rlhf.kl import KLController
-from rlhf.losses import (
-    aggregation_weights,
-    policy_loss,
-    truncated_importance,
-    value_loss,
-    weighted_sum,
-)
-from rlhf.models import MovingAverage, response_logprobs, response_values
+from rlhf.losses import aggregation_weights
+from rlhf.models import MovingAverage
 from rlhf.rewards import PendingScores
 from rlhf.tracking import Stopwatch
 from rlhf.trainers.algorithms import choose_algorithm
+from rlhf.trainers.objectives import actor_loss, critic_loss
 from rlhf.trainers.ptx import MixtureData
 from rlhf.trainers.rlhf_engine import RLHFEngine
 from rlhf.trainers.scoring import gather, leave_out_skipped, measure_rollout, score, shape
-from rlhf.trainers.statistics import UpdateStatistics, experience_metrics
+from rlhf.trainers.statistics import UpdateStatistics, experience_metrics, speed_metrics
 
 T = TypeVar("T")
 
@@ -152,7 +146,8 @@ class PPOTrainer:
         kl = (experience.old_logprobs - experience.ref_logprobs).sum(1).mean()
         self.kl.update(float(kl), len(experience))
         statistics.add_up_ranks()
-        self._log_update(experience, statistics)
+        self.metrics |= statistics.metrics() | speed_metrics(self._watch.seconds, experience)
+        self.metrics["episode"] = float(self.iteration * len(experience))
         return statistics.mean("policy_loss"), statistics.mean("value_loss")
 
     # ---- checkpoints -----------------------------------------------------------------------------
@@ -250,12 +245,16 @@ class PPOTrainer:
                     self.algorithm.aggregation, micro.response_lengths, tokens=tokens,
                     sequences=sequences, max_length=config.max_new_tokens,
                 )  # fmt: skip
-                loss = self._policy_loss(micro, weights, counted)
+                loss = actor_loss(
+                    self.actor, micro, weights, counted, config=config, algorithm=self.algorithm,
+                    kl_coef=self.kl.coef,
+                )  # fmt: skip
                 if train_actor:
                     self.actor.backward(loss * weight)
             if self.critic is not None:
                 with self._watch("update_critic"):
-                    self.critic.backward(self._value_loss(micro, counted) * (weight / tokens))
+                    loss = critic_loss(self.critic, micro, counted, config=config)
+                    self.critic.backward(loss * (weight / tokens))
         with self._watch("update_actor"):
             if train_actor:
                 self._step_actor(statistics)
@@ -276,47 +275,6 @@ class PPOTrainer:
         if self.average is not None and not info.is_skipped:
             self.average.update()
 
-    def _policy_loss(
-        self, micro: Experience, weights: Tensor, statistics: UpdateStatistics
-    ) -> Tensor:
-        config, mask = self.config, micro.response_mask
-        logprobs, entropy = self.actor(
-            response_logprobs, micro.input_ids, micro.prompt_lengths, micro.response_lengths,
-            temperature=config.temperature,
-        )  # fmt: skip
-        importance = None
-        if config.importance_cap is not None:
-            importance = truncated_importance(
-                micro.old_logprobs, micro.sampling_logprobs, cap=config.importance_cap
-            )
-            statistics.add_importance(importance, mask)
-        result = policy_loss(
-            logprobs, micro.old_logprobs, micro.advantages, mask, cliprange=config.cliprange,
-            dual_clip=config.dual_clip,
-            weights=weights if importance is None else weights * importance,
-        )  # fmt: skip
-        gap = (logprobs.detach() - micro.old_logprobs).abs()
-        statistics.add_policy(result, entropy.detach().sum(), gap, mask)
-        loss = result.loss
-        if self.algorithm.kl_in_loss:
-            kl = self.algorithm.kl(logprobs, micro.ref_logprobs)
-            loss = loss + self.kl.coef * weighted_sum(kl, mask, weights)
-        if config.entropy_coef:
-            loss = loss - config.entropy_coef * weighted_sum(entropy, mask, weights)
-        return loss
-
-    def _value_loss(self, micro: Experience, statistics: UpdateStatistics) -> Tensor:
-        assert self.critic is not None
-        values = self.critic(
-            response_values, micro.input_ids, micro.prompt_lengths, micro.response_lengths
-        )
-        result = value_loss(
-            values, micro.values, micro.returns, micro.response_mask,
-            cliprange_value=self.config.cliprange_value,
-        )  # fmt: skip
-        statistics.add_value(result)
-        return result.loss
-
     def _mixture_of(self, rows: Dataset | None) -> MixtureData | None:
         config = self.config
         if not config.ptx_coef:
@@ -328,18 +286,3 @@ class PPOTrainer:
             rows, -(-responses // config.mini_batches), seed=self._seed + MIXTURE_SEED,
             pad_id=int(self.engine.tokenizer.pad_token_id),
         )  # fmt: skip
-
-    # ---- metrics ---------------------------------------------------------------------------------
-
-    def _log_update(self, experience: Experience, statistics: UpdateStatistics) -> None:
-        seconds = self._watch.seconds
-        total = sum(seconds.values())
-        new_tokens = float(experience.response_lengths.sum())
-        self.metrics |= statistics.metrics()
-        self.metrics |= {f"timing_s/{name}": value for name, value in seconds.items()}
-        self.metrics |= {
-            "timing_s/step": total,
-            "perf/rollout_tokens_per_s": new_tokens / seconds["rollout"],
-            "perf/tokens_per_s": float(experience.lengths.sum()) / total,
-            "episode": float(self.iteration * len(experience)),
-        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -36,6 +37,17 @@ def experience_metrics(
         **(parts if len(parts) > 1 else {}),
         **_group_metrics(experience, reward_clip),
         **_value_metrics(experience),
+    }
+
+
+def speed_metrics(seconds: Mapping[str, float], experience: Experience) -> dict[str, float]:
+    """Of one iteration, from the seconds of its phases."""
+    total = sum(seconds.values())
+    return {
+        **{f"timing_s/{name}": value for name, value in seconds.items()},
+        "timing_s/step": total,
+        "perf/rollout_tokens_per_s": float(experience.response_lengths.sum()) / seconds["rollout"],
+        "perf/tokens_per_s": float(experience.lengths.sum()) / total,
     }
 
 
