@@ -22,7 +22,7 @@ int64_t first_visible(const PagedAttention& a, int64_t position) {
 
 int64_t choose_splits(const PagedAttention& a, int64_t tasks, int64_t keys) {
   if (a.num_splits > 0) return a.num_splits;
-  const int64_t threads = available_threads(), most = keys / kKeysOfSplit;
+  const int64_t threads = configured_threads(), most = keys / kKeysOfSplit;
   int64_t splits = 1;
   while (splits < most && tasks * splits < 4 * threads && tasks * splits % threads) ++splits;
   return splits;
@@ -32,7 +32,7 @@ int64_t choose_splits(const PagedAttention& a, int64_t tasks, int64_t keys) {
 int64_t most_splits(const PagedAttention& a, int64_t tasks) {
   if (a.cu_seqlens != nullptr) return 1;
   if (a.num_splits > 0) return a.num_splits;
-  return 1 + 4 * available_threads() / std::max<int64_t>(1, tasks);
+  return 1 + 4 * configured_threads() / std::max<int64_t>(1, tasks);
 }
 
 // Floats that one piece of a split task leaves.

@@ -5,19 +5,25 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 
 namespace he::cpu {
+
+// What the calling thread has waited in barriers, beyond their spinning.
+inline thread_local std::chrono::steady_clock::duration waited{};
 
 // Threads that call the same launchers with the same arguments, one after another: each does its
 // share, and a barrier after it stands in for the end of a parallel region, without waking anyone.
 // So launchers may write to shared memory only inside of parallel_for and parallel_tasks.
 class Team {
  public:
-  explicit Team(int size) : size_(size) {}
+  // `configured` threads would there be on a machine with nothing else to do.
+  Team(int size, int configured) : size_(size), configured_(configured) {}
 
   int size() const { return size_; }
+  int configured() const { return configured_; }
 
   // Spins for some microseconds, then lets others run: a thread that is missing may need this core.
   void barrier() {
@@ -28,13 +34,13 @@ class Team {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < kSpins) {
-        pause();
-      } else {
-        std::this_thread::yield();
-      }
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
+      pause();
     }
+    const auto start = std::chrono::steady_clock::now();
+    while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+    waited += std::chrono::steady_clock::now() - start;
   }
 
  private:
@@ -46,7 +52,7 @@ class Team {
 #endif
   }
 
-  const int size_;
+  const int size_, configured_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
@@ -71,13 +77,19 @@ class MembershipScope {
   const Membership before_;
 };
 
+// How many threads there are to have. A result may depend on it, and not on the team's size, which
+// depends on what else the machine does.
+inline int configured_threads() {
+  return membership.team ? membership.team->configured() : omp_get_max_threads();
+}
+
 // For the scope, launchers run on the calling thread alone, and nobody waits for anybody.
 class AloneScope {
  public:
   AloneScope() : scope_({&team_, 0}) {}
 
  private:
-  Team team_{1};
+  Team team_{1, configured_threads()};
   MembershipScope scope_;
 };
 

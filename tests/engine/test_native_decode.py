@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,8 +40,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many steps each native call took."""
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many steps each native call took; by one thread, which never tries a few with fewer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     taken: list[int] = []
     run = DecodeProgram.run
 
@@ -49,7 +52,8 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return taken[-1]
 
     monkeypatch.setattr(DecodeProgram, "run", counted)
-    return taken
+    yield taken
+    torch.set_num_threads(threads)
 
 
 def assert_same(found: Rollout, expected: Rollout) -> None:
