@@ -12,7 +12,6 @@ import copy
 import copyreg
 import functools
 import warnings
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -43,7 +42,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class Acceleration:
     """What `accelerate` did to a model, and what came of it."""
 
-    model: weakref.ref[nn.Module]
+    model: nn.Module = field(repr=False)
     engine: HybridEngine
     check: SelfCheck
     config: EngineConfig | None
@@ -73,12 +72,11 @@ class Acceleration:
         if config.dtype is not None or not torch.is_autocast_enabled(device.type):
             return self.engine
         dtype = torch.get_autocast_dtype(device.type)
-        model = self.model()
-        if dtype == self.engine.dtype or model is None:
+        if dtype == self.engine.dtype:
             return self.engine
         if dtype not in self._autocast:
             name: Any = str(dtype).removeprefix("torch.")
-            self._autocast[dtype] = HybridEngine(model, replace(config, dtype=name))
+            self._autocast[dtype] = HybridEngine(self.model, replace(config, dtype=name))
         return self._autocast[dtype]
 
     def release(self) -> None:
@@ -88,7 +86,7 @@ class Acceleration:
         self._autocast.clear()
 
 
-_accelerations: weakref.WeakKeyDictionary[nn.Module, Acceleration] = weakref.WeakKeyDictionary()
+_STATE = "_hybrid_engine_acceleration"  # the model's attribute, so that both live equally long
 
 
 def accelerate(model: Model, config: EngineConfig | None = None) -> Model:
@@ -98,7 +96,7 @@ def accelerate(model: Model, config: EngineConfig | None = None) -> Model:
     warning, when its family is unknown or when the engine's logits are not the model's.
     """
     target = unwrap(model)
-    if target in _accelerations:
+    if _STATE in vars(target):
         return model
     try:
         engine = HybridEngine(target, config)
@@ -110,7 +108,7 @@ def accelerate(model: Model, config: EngineConfig | None = None) -> Model:
         engine.release()
         _warn(f"{type(target).__name__} is not accelerated, the self-check failed: {check}")
         return model
-    _accelerations[target] = Acceleration(weakref.ref(target), engine, check, config)
+    vars(target)[_STATE] = Acceleration(target, engine, check, config)
     cls: Any = type(target)
     target.__class__ = _accelerated_class(cls)
     return model
@@ -119,7 +117,7 @@ def accelerate(model: Model, config: EngineConfig | None = None) -> Model:
 def restore(model: Model) -> Model:
     """Undo `accelerate` without a trace; returns the model."""
     target = unwrap(model)
-    state = _accelerations.pop(target, None)
+    state = vars(target).pop(_STATE, None)
     if state is not None:
         state.release()
         target.__class__ = _plain_class(type(target))
@@ -128,20 +126,23 @@ def restore(model: Model) -> Model:
 
 def acceleration(model: nn.Module) -> Acceleration | None:
     """The state of an accelerated model: its engine, its self-check, how many calls were served."""
-    return _accelerations.get(unwrap(model))
+    return vars(unwrap(model)).get(_STATE)
 
 
 @contextlib.contextmanager
 def plain_generation(model: nn.Module) -> Iterator[None]:
-    """Within, `generate` of an accelerated model is HF's own."""
+    """Within, an accelerated model is as if it had never been one, and `generate` is HF's own."""
     target = unwrap(model)
-    accelerated = type(target)
-    if target in _accelerations:
-        target.__class__ = _plain_class(accelerated)
+    accelerated, state = type(target), vars(target).pop(_STATE, None)
+    if state is None:
+        yield
+        return
+    target.__class__ = _plain_class(accelerated)
     try:
         yield
     finally:
         target.__class__ = accelerated
+        vars(target)[_STATE] = state
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -171,7 +172,7 @@ class _AcceleratedGeneration:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        state = _accelerations[self]  # type: ignore[index]
+        state = vars(self)[_STATE]
         try:
             request = read_request(
                 self, input_ids, logits_processor, stopping_criteria, generation_config,
@@ -205,7 +206,7 @@ class _AcceleratedGeneration:
         record_timestamps: bool = False,
         **options: Any,
     ) -> dict[str, GenerationOutput]:
-        state = _accelerations[self]  # type: ignore[index]
+        state = vars(self)[_STATE]
         config = generation_config or self.generation_config  # type: ignore[attr-defined]
         try:
             if record_timestamps:
@@ -227,17 +228,17 @@ class _AcceleratedGeneration:
 
     @functools.wraps(GenerationMixin._beam_search)  # HF looks at the signature
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        _count_fallback(_accelerations[self], "beam search")  # type: ignore[index]
+        _count_fallback(vars(self)[_STATE], "beam search")
         return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
 
     @functools.wraps(GenerationMixin._assisted_decoding)  # HF looks at the signature
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        _count_fallback(_accelerations[self], "assisted decoding")  # type: ignore[index]
+        _count_fallback(vars(self)[_STATE], "assisted decoding")
         return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The copy is accelerated too, on its own weights."""
-        config = _accelerations[self].config  # type: ignore[index]
+        config = vars(self)[_STATE].config
         with plain_generation(self):  # type: ignore[arg-type]
             duplicate = copy.deepcopy(self, memo)
         return accelerate(duplicate, config)  # type: ignore[type-var]
@@ -245,9 +246,10 @@ class _AcceleratedGeneration:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the model as if it had never been accelerated."""
         state: Any = super().__reduce_ex__(protocol)
+        attributes = {name: value for name, value in state[2].items() if name != _STATE}
         # pickle's usual constructor insists on the class that the object has now
         constructor = (copyreg._reconstructor, (_plain_class(type(self)), object, None))  # type: ignore[attr-defined]
-        return (*constructor, *state[2:])
+        return (*constructor, attributes, *state[3:])
 
 
 def _streamed(engine: HybridEngine, request: Request, streamer: Any) -> Rollout:

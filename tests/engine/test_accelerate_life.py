@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -70,6 +72,15 @@ def test_restore_leaves_no_trace(model: Any) -> None:
     assert len(storages) == len(set(storages))
     assert he.acceleration(model) is None
     assert he.restore(model) is model
+
+
+def test_an_accelerated_model_can_be_freed(build) -> None:
+    model = he.accelerate(build("llama"))
+    model.generate(IDS, do_sample=False, **OPTIONS)
+    weight = weakref.ref(model.lm_head.weight)
+    del model
+    gc.collect()
+    assert weight() is None
 
 
 def test_every_module_keeps_its_mode(model: Any) -> None:
