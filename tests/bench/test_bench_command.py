@@ -112,6 +112,20 @@ def test_the_words_of_a_filter_are_all_wanted_on_either_device() -> None:
     assert on_gpu(["rms", "B1"], None) == ["-m", "benchmarks.gpu.ops", "-", "rms", "B1"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("lora", [[], ["--lora", "4"]], ids=["full", "lora"])
+def test_an_iteration_on_a_gpu(tmp_path: Path, lora: list[str]) -> None:
+    """Rollout, scoring and update of small models, with the GPU's kernels and graphs."""
+    options = "step --model tiny --device cuda --prompt 16 --new_tokens 16 --repeats 1 --batch 4"
+    peers = ["--peers", "hf,ours", "--lengths", "both", "--output", str(tmp_path)]
+    assert main(["bench", *options.split(), *peers, *lora]) == 0
+    (record,) = read_records(tmp_path / "step.jsonl")
+    assert record["notes"] == {}
+    assert len(record["rows"]) == 4
+    assert all(row["logprob_gap_max"] < 0.1 for row in record["rows"] if row["peer"] == "ours")
+
+
 def test_nothing_measured_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("generate", "--peers deepspeed-he --batch 1") == 2
     assert "nothing was measured: deepspeed-he" in capsys.readouterr().err
