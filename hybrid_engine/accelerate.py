@@ -33,6 +33,7 @@ from hybrid_engine.engine import HybridEngine
 from hybrid_engine.generation import Rollout
 from hybrid_engine.hf_output import LazyOutput, Replay, batch_outputs
 from hybrid_engine.hf_request import NotServedError, Request, read_batch_request, read_request
+from hybrid_engine.models import structure
 from hybrid_engine.self_check import SelfCheck, self_check
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,11 +45,15 @@ class Acceleration:
 
     model: nn.Module = field(repr=False)
     engine: HybridEngine
-    check: SelfCheck
+    check: SelfCheck  # asked again when the model's modules have changed
     config: EngineConfig | None
     served: int = 0  # calls of `generate` that ran on the engine
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> calls that ran on HF
     _autocast: dict[torch.dtype, HybridEngine] = field(default_factory=dict, repr=False)
+    _checked: list[Any] = field(init=False, repr=False)  # the structure that `check` is about
+
+    def __post_init__(self) -> None:
+        self._checked = structure(self.model)
 
     def generate(self, request: Request, device: torch.device, streamer: Any = None) -> Rollout:
         """Serve a request, and count it. Raises NotServedError if the model cannot be read now."""
@@ -56,6 +61,7 @@ class Acceleration:
             try:
                 engine = self._serving(device)
                 if not engine.in_rollout:
+                    self._check_again()
                     stack.enter_context(engine.rollout())
             except ValueError as error:
                 raise NotServedError(str(error)) from error
@@ -65,6 +71,14 @@ class Acceleration:
             if streamer is not None:
                 return _streamed(engine, request, streamer)
             return engine.generate(request.prompts, request.params, seeds=request.seeds())
+
+    def _check_again(self) -> None:
+        """Raises NotServedError if other modules made the model one that the engine is not."""
+        if (found := structure(self.model)) != self._checked:
+            self.check = self_check(self.model, self.engine)
+            self._checked = found
+        if not self.check.passed:
+            raise NotServedError(f"the model was changed, the self-check failed: {self.check}")
 
     def _serving(self, device: torch.device) -> HybridEngine:
         """Under autocast, an engine of autocast's type."""

@@ -1,6 +1,6 @@
 """Model families: where an HF model keeps what, and which maths it uses."""
 
-from hybrid_engine.models.decoder import Decoder, DecoderBatch
+from hybrid_engine.models.decoder import Decoder, DecoderBatch, structure
 from hybrid_engine.models.family import FAMILIES, Family, find_family
 from hybrid_engine.models.parallel_decoder import ParallelDecoder
 from hybrid_engine.models.program import DecodeProgram, why_not_native
@@ -16,5 +16,6 @@ __all__ = [
     "ParallelDecoder",
     "RolloutCopy",
     "find_family",
+    "structure",
     "why_not_native",
 ]

@@ -102,7 +102,7 @@ class Decoder:
 
     def refresh(self) -> None:
         """See the modules and parameters as they are now. Call before a rollout."""
-        if list(self._model.modules()) != self._modules:  # an adapter, a resized embedding
+        if structure(self._model) != self._structure:  # an adapter, a resized embedding
             self.release()  # what the new parts find fused, they would never give back
             self._resolve()
         for linear in self._linears:
@@ -173,7 +173,7 @@ class Decoder:
         ]
         self._rotary = optional(family.rotary)
         self.learned = optional(family.position_embedding)
-        self._modules = list(self._model.modules())
+        self._structure = structure(self._model)
 
     def _enter(self, layer: int) -> DecoderLayer:
         """The layer, whose weights are read from now on, and those of the one before no more."""
@@ -227,6 +227,14 @@ class Decoder:
         cos, sin = self._rotary(like, positions)  # (1, P, R), each half repeated
         half = cos.shape[-1] // 2
         return torch.cat((cos[0, :, :half], sin[0, :, :half]), -1).contiguous()
+
+
+def structure(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """The modules of a model, and which parameters each has."""
+    return [
+        (module, [name for name, value in module._parameters.items() if value is not None])
+        for module in model.modules()
+    ]
 
 
 def _attention_softcap(config: Any) -> float:

@@ -94,6 +94,8 @@ def stacked(modules: list[nn.Module]) -> Linear:
         return Linear(modules[0])
     bases = [plain(base_of(module), nn.Linear) for module in modules]
     biased = [base for base in bases if base.bias is not None]
+    if 0 < len(biased) < len(bases):
+        raise ValueError("the hybrid engine fuses linear layers with a bias each, or none at all")
     bias = FusedParameters(biased, "bias") if biased else None
     return FusedLinear(FusedParameters(bases, "weight"), bias, Lora(modules))
 
@@ -183,8 +185,11 @@ def finder(module: nn.Module) -> Callable[[str], Any]:
 
 
 def norm_eps(module: Any) -> float:
-    """HF has it under two names."""
-    return float(module.eps if hasattr(module, "eps") else module.variance_epsilon)
+    """HF has it under two names. ValueError for a module that is no norm."""
+    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    if eps is None:
+        raise ValueError(f"the hybrid engine reads norms, found {type(module).__name__}")
+    return float(eps)
 
 
 def plain(module: nn.Module, *kinds: type[nn.Module]) -> Any:

@@ -51,8 +51,8 @@ class FusedParameters:
         """Give every parameter that was moved a storage of its own again."""
         if self._buffer is not None and self._is_ours:
             shared = self._buffer.untyped_storage().data_ptr()
-            for parameter in self._parameters():
-                if parameter.untyped_storage().data_ptr() == shared:
+            for parameter in self._parameters():  # None: taken out since
+                if parameter is not None and parameter.untyped_storage().data_ptr() == shared:
                     parameter.data = parameter.data.clone()
         self._buffer, self._is_ours = None, False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -184,6 +185,40 @@ def test_a_layer_that_is_changed_later_goes_to_hf(model: Any) -> None:
     model.model.layers[1].mlp.down_proj = model.model.layers[1].mlp.down_proj.wrapped
     model.generate(IDS, do_sample=False, **OPTIONS)
     assert served(model) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "module", "reason"),
+    [
+        ("model.layers.1.mlp.act_fn", nn.ReLU(), "self-check failed.*from layer 1 on"),
+        ("model.norm", nn.LayerNorm(48), "self-check failed.*after the last layer"),
+        ("model.norm", nn.Identity(), "found Identity"),
+    ],
+    ids=["activation", "norm", "no-norm"],
+)
+def test_a_part_that_is_not_a_linear_is_checked_again(
+    model: Any, path: str, module: nn.Module, reason: str
+) -> None:
+    he.accelerate(model)
+    before = model.get_submodule(path)
+    model.set_submodule(path, module)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            found = model.generate(IDS, do_sample=False, **OPTIONS)
+        with plain_generation(model):
+            assert torch.equal(model.generate(IDS, do_sample=False, **OPTIONS), found)
+    assert not caught  # warned once
+    assert [re.search(reason, each) is not None for each in fallbacks(model)] == [True]
+    model.set_submodule(path, before)
+    model.generate(IDS, do_sample=False, **OPTIONS)
+    assert served(model) == 1
+
+
+def fallbacks(model: nn.Module) -> dict[str, int]:
+    state = he.acceleration(model)
+    assert state is not None
+    return state.fallbacks
 
 
 def test_encoder_decoder_stays_with_hf() -> None:

@@ -275,6 +275,22 @@ def test_a_resized_embedding_is_seen(build, hf_greedy, prompts) -> None:
     assert response == hf_greedy(model, [1, 99, 98], GREEDY.max_new_tokens)
 
 
+@pytest.mark.parametrize("added", [True, False], ids=["added", "taken_out"])
+def test_a_bias_that_comes_or_goes_is_seen(build, hf_greedy, prompts, added: bool) -> None:
+    model = build("llama", attention_bias=not added)
+    engine = HybridEngine(model)
+    old = engine.generate(prompts, GREEDY).response(4)
+    for layer in model.model.layers:
+        for name, width in (("q_proj", 96), ("k_proj", 32), ("v_proj", 32)):
+            bias = nn.Parameter(torch.ones(width)) if added else None
+            layer.self_attn.get_submodule(name).bias = bias
+    new = engine.generate(prompts, GREEDY).response(4)
+    assert new == hf_greedy(model, prompts[4], GREEDY.max_new_tokens) != old
+    model.model.layers[0].self_attn.k_proj.bias = None if added else nn.Parameter(torch.ones(32))
+    with pytest.raises(ValueError, match="a bias each, or none at all"):
+        engine.generate(prompts, GREEDY)
+
+
 def test_release_after_new_modules_unshares_all(build, prompts) -> None:
     model = build("llama")
     engine = HybridEngine(model)
