@@ -199,7 +199,9 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _cut(full: Demonstration, max_length: int) -> Demonstration | None:
     mask = full["loss_mask"][:max_length]
-    return {"input_ids": full["input_ids"][:max_length], "loss_mask": mask} if any(mask) else None
+    if not any(mask[1:]):  # nothing comes before the first token to predict it from
+        return None
+    return {"input_ids": full["input_ids"][:max_length], "loss_mask": mask}
 
 
 def _pair(row: Row, chosen: Demonstration, rejected: Demonstration) -> Preference:

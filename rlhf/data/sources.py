@@ -93,7 +93,12 @@ def load_rows(
     else:
         sides = open_sides(name, subset, splits or {})
         rows = _rename(sides.get(split, sides["train"]), columns or {}, name)
-        rows = _canonical(rows, purpose, name)
+        try:
+            rows = _canonical(rows, purpose, name)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name!r} is not UTF-8 text ({error.reason}): convert it, for example with iconv"
+            ) from error
         if "test" not in sides:
             rows = _hold_out(rows, split, heldout_fraction, name)
     if split == "train" and share != (0.0, 1.0):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,13 +30,15 @@ def load_causal_lm(
     Its embedding grows if the tokenizer has more tokens. Raises ValueError if there is no such
     model, it is a reward model or critic, or its family is unknown.
     """
-    with _not_found("causal language model", path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    if _has_score_head(model.config):
+    what = "causal language model"
+    with _not_found(what, path):
+        config = AutoConfig.from_pretrained(path)
+    if _has_score_head(config):
         raise ValueError(
             f"{path} is no causal language model: it scores, as a reward model or critic does; "
             "give the folder of an SFT model or an actor"
         )
+    model = _from_pretrained(AutoModelForCausalLM, what, path, dtype=dtype)
     find_family(model)
     return _with_special_tokens(model, tokenizer)
 
@@ -89,8 +92,10 @@ def load_scorer(
         raise ValueError(
             f"{path} is no reward model: it has no score head; train one with `rlhf reward`"
         )
-    with _not_found("reward model", path):
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype)
+    model = _from_pretrained(
+        AutoModelForSequenceClassification, "reward model", path, dtype=dtype, num_labels=1,
+        fresh=() if trained else ("score.weight",),
+    )  # fmt: skip
     return _with_special_tokens(model, tokenizer)
 
 
@@ -108,6 +113,26 @@ def load_critic(path: str, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.d
 def parameter_count(model: nn.Module) -> int:
     """Distinct parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _from_pretrained(
+    kind: Any, what: str, path: str, *, fresh: Collection[str] = (), **options: Any
+) -> Any:
+    """A model with all its weights but the `fresh` ones, which HF would make up without a word.
+
+    Raises ValueError where there is none, or weights are missing or of another shape.
+    """
+    with _not_found(what, path):
+        model, found = kind.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        names = {*found["missing_keys"]} | {name for name, *_ in found["mismatched_keys"]}
+        if wrong := sorted(names - {*fresh}):
+            raise ValueError(
+                f"{len(wrong)} weights of its config are missing in its files or have another shape"
+                f" there, such as {wrong[0]}"
+            )
+    return model
 
 
 def _check_names(options: dict[str, Any], default: Any) -> None:
@@ -151,7 +176,7 @@ def _not_found(what: str, path: str) -> Iterator[None]:
     """Errors of loading as one ValueError that says what was looked for, and where."""
     try:
         yield
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
         where = "the folder" if Path(path).is_dir() else "a local folder and the Hugging Face hub"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"no {what} {path!r} (tried {where}): {reason}") from error

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 from datasets import Dataset
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data import (
@@ -275,3 +276,13 @@ def test_real_rows(real_data, tokenizer):
         assert pair["chosen_ids"][: len(prompt_ids)] == prompt_ids
         said = decode_completion(pair["chosen_ids"][len(prompt_ids) :], tokenizer)
         assert said.strip() == row["chosen"][0]["content"]
+
+
+def test_the_first_token_alone_teaches_nothing():
+    """Nothing comes before it; without BOS it is a token that could be trained."""
+    tokenizer = train_tokenizer(["a b"], vocab_size=300)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    assert encode_demonstration({"text": "a b"}, tokenizer, max_length=1) is None
+    two = encode_demonstration({"text": "a b"}, tokenizer, max_length=2)
+    assert two is not None
+    assert two["loss_mask"] == [1, 1]

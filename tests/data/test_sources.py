@@ -180,6 +180,13 @@ def test_a_bad_row_is_numbered(tmp_path):
         load_rows(str(path), purpose="prompts")
 
 
+def test_another_encoding_than_utf8(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": "caf\u00e9"}\n'.encode("latin-1") * 9)
+    with pytest.raises(ValueError, match=r"rows\.jsonl' is not UTF-8 text .*iconv"):
+        load_rows(str(path), purpose="prompts")
+
+
 def test_unknown_type_and_empty_folder(tmp_path):
     (tmp_path / "rows.xyz").write_text("a")
     with pytest.raises(ValueError, match=r"known file types are \.json, \.jsonl"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rlhf.config import DataConfig, ModelConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf.data import load_tokenizer
-from rlhf.models import load_scorer, sequence_scores
+from rlhf.models import load_causal_lm, load_scorer, sequence_scores
 from rlhf.pipeline import Pipeline
 from tests.rlhf.tiny import LLAMA, write_rows
 
@@ -98,3 +99,33 @@ def test_a_base_without_padding_becomes_a_reward_model(tmp_path: Path) -> None:
         logits = theirs(input_ids=ids, attention_mask=mask).logits[:, 0]
         expected = logits - ours.config.score_mean
     torch.testing.assert_close(sequence_scores(ours, ids, lengths), expected)
+
+
+def damaged(folder: Path, how: str) -> str:
+    """A model whose weights are cut off, of another shape than its config's, or another model's."""
+    base_model(folder, eos_token="<end>")
+    if how == "cut-off":
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    else:
+        name = "intermediate_size" if how == "other-shape" else "num_hidden_layers"
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {name: 2 * settings[name]}
+        (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+@pytest.mark.parametrize("scores", [False, True], ids=["sft", "reward"])
+@pytest.mark.parametrize("how", ["cut-off", "other-shape", "layers-missing"])
+def test_weights_that_are_not_the_models(tmp_path: Path, how: str, scores: bool) -> None:
+    """HF would make up what is missing, and go on."""
+    base = damaged(tmp_path / "base", how)
+    tokenizer = load_tokenizer(base)
+    message = {
+        "cut-off": "deserializing header",
+        "other-shape": r"6 weights of its config are missing .* such as model\.layers\.0\.mlp",
+        "layers-missing": r"18 weights of its config are missing .* such as model\.layers\.2",
+    }[how]
+    load = partial(load_scorer, fresh_head=True) if scores else load_causal_lm
+    with pytest.raises(ValueError, match=message):
+        load(base, tokenizer, dtype=torch.float32)
