@@ -41,6 +41,8 @@ def check_prompts(
 def _integers(prompt: list[int]) -> bool:
     try:
         array("q", prompt)
+    except OverflowError:  # an integer, which no vocabulary has
+        return True
     except TypeError:
         return False
     return True

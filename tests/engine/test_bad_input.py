@@ -41,6 +41,7 @@ BAD_PROMPTS = {
     "tensor": ([[1], torch.tensor([1, 2])], "prompt 1 must be a list.* got Tensor.*tolist"),
     "floats": ([[1], [1.0, 2.0]], "prompt 1 must be a list of token ids"),
     "above-vocabulary": ([[1, 97]], r"prompt 0 has token ids outside \[0, 97\)"),
+    "no-int64": ([[1, 2**70]], r"prompt 0 has token ids outside \[0, 97\)"),
     "negative": ([[1], [3, -1, 5]], r"prompt 1 has token ids outside \[0, 97\)"),
 }
 
