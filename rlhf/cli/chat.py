@@ -33,11 +33,11 @@ class Conversation:
                 f"max_new_tokens={params.max_new_tokens} must be below the model's "
                 f"{self._engine.max_positions} positions, which hold the conversation too"
             )
-        prompt = encode_prompt({"prompt": self._messages}, self._tokenizer, max_length=room)
+        prompt = self._encoded(room)
         if prompt is None:
             self._messages.pop()
             raise ValueError(
-                f"the conversation is longer than {room} tokens, which is what the model has "
+                f"the message is longer than {room} tokens, which is what the model has "
                 f"positions for beside max_new_tokens={params.max_new_tokens}"
             )
         tokens: list[int] = []
@@ -50,6 +50,21 @@ class Conversation:
                 printed = answer
         print()
         self._messages.append({"role": "assistant", "content": printed})
+
+    def _encoded(self, room: int) -> list[int] | None:
+        """The conversation's ids, without the oldest exchanges where there is no room for them.
+
+        None if the last message alone is too long.
+        """
+        for start in range(0, len(self._messages), 2):
+            kept = self._messages[start:]
+            ids = encode_prompt({"prompt": kept}, self._tokenizer, max_length=room)
+            if ids is not None:
+                if start:
+                    print(f"[without the first {start} messages, for which there is no room]")
+                self._messages = kept
+                return ids
+        return None
 
 
 def chat(
