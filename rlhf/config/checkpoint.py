@@ -12,7 +12,7 @@ class CheckpointConfig:
     """Where a killed run goes on with --resume. Finished steps leave none."""
 
     every_steps: int = 200
-    """Optimizer steps of SFT and the reward model from one to the next; 0: none."""
+    """Optimizer steps of SFT, reward model and DPO from one to the next; 0: none."""
     every_iterations: int = 20
     """PPO iterations from one to the next; 0: none."""
     keep: int = 2
