@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
+from rlhf.bench.peers import PEERS
 from rlhf.cli.deepspeed_chat import as_lists
 from rlhf.cli.main import build_parser
 
@@ -82,7 +83,15 @@ def test_every_command_is_accepted(command: str, parser: ArgumentParser) -> None
     """Options, and what the configuration says of their values; readers' own files stand aside."""
     words = shlex.split(re.sub(r"--config (?!examples/)\S+", "", command))[1:]
     words = [word for word in words if word not in ("--help", "--print_config")]
-    parser.instantiate(parser.parse_args(as_lists(words)))
+    options = parser.parse_args(as_lists(words))
+    parser.instantiate(options)
+    if options.command == "bench":
+        assert set(options.bench.peers.split(",")) <= PEERS.keys()
+
+
+def test_every_peer_is_explained() -> None:
+    table = (ROOT / "docs" / "performance.md").read_text()
+    assert not {peer for peer in PEERS if f"\n| `{peer}` |" not in table}
 
 
 def test_the_pages_have_commands() -> None:
