@@ -107,7 +107,9 @@ def accelerate(model: Model, config: EngineConfig | None = None) -> Model:
     """Make `model.generate(...)` run on the hybrid engine; returns the model.
 
     The model may be wrapped by PEFT, DDP, DeepSpeed or torch.compile. It is left as it is, with a
-    warning, when its family is unknown or when the engine's logits are not the model's.
+    warning, when its family is unknown or when the engine's logits are not the model's. A call that
+    the engine does not serve, such as beam search, runs on HF's loop; each reason is warned of once
+    and counted in `acceleration(model).fallbacks`. `restore` undoes it.
     """
     target = unwrap(model)
     if _STATE in vars(target):

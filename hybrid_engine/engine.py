@@ -116,8 +116,9 @@ class HybridEngine:
         `on_finish` is called with the place in the rollout and the tokens of each response as it
         ends, while others decode.
 
-        Raises ValueError for an empty prompt, or one that with max_new_tokens passes the model's
-        positions.
+        Raises ValueError for an empty prompt, one that with max_new_tokens passes the model's
+        positions, token ids outside the head, and a sequence that the KV cache may not hold; where
+        ranks generate together, PeerError if another one fails.
         """
         params = params or SamplingParams()
         with (

@@ -24,7 +24,7 @@ def measure_speedup(
     """Time of HF's `generate` over that of the accelerated model's, sampling on random prompts.
 
     Both generate exactly `new_tokens` for `batch` prompts, in turn; medians of `repeats` after one
-    warm-up.
+    warm-up. About 1 for a model that is not accelerated.
     """
     target: Any = unwrap(model)
     vocab = target.get_output_embeddings().weight.shape[0]

@@ -1,12 +1,12 @@
-"""RLHF for Hugging Face models: SFT, reward model and PPO."""
+"""RLHF for Hugging Face models: SFT, reward model, DPO and PPO."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_TRAINERS = ("PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer")
+_TRAINERS = ("DPOTrainer", "PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer")
 
-__all__ = ["PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer"]
+__all__ = ["DPOTrainer", "PPOTrainer", "RLHFEngine", "RewardTrainer", "SFTTrainer"]
 
 
 def __getattr__(name: str) -> Any:
