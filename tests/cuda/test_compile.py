@@ -100,6 +100,7 @@ def test_the_report_of_a_spilling_kernel_is_read() -> None:
     assert (kernel.stack_bytes, kernel.spilled_bytes) == (48, 20)
 
 
+@pytest.mark.skipif(ops.NATIVE.library is None, reason=str(ops.NATIVE.reason))
 def test_every_op_with_a_cpu_kernel_has_a_cuda_kernel(library: Path) -> None:
     served = [op for op in ops.OPS.values() if op.implementation("cpu") == "native"]
     assert served

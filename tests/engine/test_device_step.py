@@ -128,6 +128,7 @@ class Recording(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(ops.NATIVE.library is None, reason="references read contents; no kernel does")
 @pytest.mark.parametrize("name", PARAMS)
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "gpt_neox", "bloom"])
 def test_a_step_can_be_recorded(

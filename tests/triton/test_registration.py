@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from hybrid_engine.ops import triton
 
 
 def test_a_torch_without_cuda_has_no_use_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRID_ENGINE_NATIVE", "auto")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert triton.load() == triton.TritonStatus((), "this build of torch has no CUDA")
 
@@ -66,7 +68,11 @@ assert set(served) == {name for name in ops.OPS if ops.OPS[name].triton_keys}
     if torch.version.cuda is not None:
         pytest.skip("a torch with CUDA registers when it is imported")
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HYBRID_ENGINE_NATIVE": "auto"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
