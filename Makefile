@@ -12,9 +12,9 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/rlhf run --config examples/tiny_cpu.yaml
 
-# Two files at a time; waiting OpenMP threads sleep, so that they do not take the other file's core.
+# Two files at a time; waiting OpenMP threads soon sleep and leave the core to the other file.
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadfile
 
 # On a machine with a CUDA device.
 test-gpu: $(VENV)/installed-test

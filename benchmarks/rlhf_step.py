@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 # Read when torch is imported: a waiting thread that spins makes a busy machine many times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 os.environ.setdefault("HYBRID_ENGINE_NATIVE", "require")
 os.environ.setdefault("HYBRID_ENGINE_CHECK", "1")  # results of kernels are poisoned too
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the neighbours
 
 import pytest
