@@ -1,4 +1,4 @@
-"""Collects `benchmarks/*.py` by name; reports ratios to the baseline, bandwidth, a JSON record.
+"""Collects the benchmarks for pytest; reports ratios to the baseline, bandwidth, a JSON record.
 
 A benchmark leaves in `benchmark.extra_info`: op, baseline_us, ours_us, spread_us, bytes (read or
 written once by an ideal implementation) and cold (whether its operands are beyond the caches).
@@ -18,6 +18,7 @@ import torch
 from rlhf.bench.baseline import compare, read_baseline, write_baseline
 from rlhf.bench.measure import geometric_mean, machine, read_bandwidth
 
+BENCHMARKS = ("ops.py", "regressions.py")  # the other files are commands
 BASELINE = Path(__file__).with_name("baseline.json")
 
 
@@ -34,10 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    here = Path(__file__).parent
-    ours = (
-        file_path.parent == here and file_path.suffix == ".py" and file_path.name != "conftest.py"
-    )
+    ours = file_path.parent == Path(__file__).parent and file_path.name in BENCHMARKS
     if ours and not parent.session.isinitpath(file_path):
         return pytest.Module.from_parent(parent, path=file_path)
     return None

@@ -101,11 +101,11 @@ struct Narrow {
   std::vector<float> values;  // [rows, rank]
 };
 
-template <typename T>
-Narrow narrow_products(const FusedLora& args, int64_t adapter, const std::vector<const float*>& x) {
+template <typename T, typename X>
+Narrow narrow_products(const FusedLora& args, int64_t adapter, const std::vector<const X*>& x) {
   const LoraAdapter& lora = args.adapters[adapter];
   Narrow narrow;
-  std::vector<const float*> selected;
+  std::vector<const X*> selected;
   for (int64_t m = 0; m < args.rows; ++m) {
     if (args.adapter_index != nullptr && args.adapter_index[m] != adapter) continue;
     narrow.rows.push_back(m);
@@ -137,9 +137,8 @@ void add_wide_products(const LoraAdapter& lora, const Narrow& narrow, float* res
                    });
 }
 
-template <typename T>
-void run_fused_lora(const FusedLora& a) {
-  const std::vector<const float*> x = row_pointers<T>(a.x, a.rows, a.in_dim);
+template <typename T, typename X>
+void run_fused_lora(const FusedLora& a, const std::vector<const X*>& x) {
   std::vector<Narrow> narrow;
   for (int64_t i = 0; i < a.num_adapters; ++i) narrow.push_back(narrow_products<T>(a, i, x));
   const T* bias = static_cast<const T*>(a.bias);
@@ -166,21 +165,27 @@ void run_fused_lora(const FusedLora& a) {
   });
 }
 
+// Calls body(pointers) for the rows of x: bf16 as it is where the processor multiplies it, else
+// fp32.
+template <typename T, typename Body>
+void with_rows(const void* x, int64_t rows, int64_t depth, const Body& body) {
+#if HE_BFLOAT16_DOT
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (__builtin_cpu_supports("avx512bf16")) {
+      return body(row_pointers_to(static_cast<const BFloat16*>(x), rows, depth));
+    }
+  }
+#endif
+  body(row_pointers<T>(x, rows, depth));
+}
+
 }  // namespace
 
 void linear(const Linear& args) {
   dispatch(args.dtype, [&](auto t) {
     using T = decltype(t);
     if (args.transposed) return run_transposed<T>(args);
-#if HE_BFLOAT16_DOT
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      if (__builtin_cpu_supports("avx512bf16")) {
-        const auto* x = static_cast<const BFloat16*>(args.x);
-        return run_rows<T>(args, row_pointers_to(x, args.rows, args.in_dim));
-      }
-    }
-#endif
-    run_rows<T>(args, row_pointers<T>(args.x, args.rows, args.in_dim));
+    with_rows<T>(args.x, args.rows, args.in_dim, [&](const auto& x) { run_rows<T>(args, x); });
   });
 }
 
@@ -200,7 +205,11 @@ void skinny_linear(void* out, const void* x, const void* weight, const void* bia
 }
 
 void fused_lora(const FusedLora& args, Stream) {
-  dispatch(args.dtype, [&](auto t) { run_fused_lora<decltype(t)>(args); });
+  dispatch(args.dtype, [&](auto t) {
+    using T = decltype(t);
+    with_rows<T>(args.x, args.rows, args.in_dim,
+                 [&](const auto& x) { run_fused_lora<T>(args, x); });
+  });
 }
 
 }  // namespace he::cpu

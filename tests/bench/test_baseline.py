@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from rlhf.bench.baseline import compare, read_baseline, write_baseline
@@ -30,3 +32,12 @@ def test_the_committed_baseline_has_ops_rollouts_and_iterations() -> None:
     ratios = read_baseline(ROOT / "benchmarks/baseline.json")
     assert {"rollout", "ppo iteration", "decode_attention", "sample"} <= set(ratios)
     assert all(ratio > 0 for ratio in ratios.values())
+
+
+def test_make_bench_finds_its_cases() -> None:
+    """Those of ops, rollouts and an iteration, and none of the files that are commands."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    files = {line.split("::")[0] for line in found.stdout.splitlines() if "::" in line}
+    assert files == {"benchmarks/ops.py", "benchmarks/regressions.py"}
