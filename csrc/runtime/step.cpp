@@ -12,8 +12,6 @@ using cpu::dispatch;
 using cpu::parallel_for;
 using cpu::Vec;
 
-constexpr int64_t kElementsPerThread = 16384;
-
 }  // namespace
 
 PagedAttention attention_args(const DecoderWeights& w, const DecodeRows& rows, int64_t count) {

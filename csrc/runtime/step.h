@@ -9,6 +9,9 @@
 
 namespace he::runtime {
 
+// Elements of an elementwise pass that are worth a thread.
+constexpr int64_t kElementsPerThread = 16384;
+
 // What is the same for every layer.
 PagedAttention attention_args(const DecoderWeights& weights, const DecodeRows& rows, int64_t count);
 

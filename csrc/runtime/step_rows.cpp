@@ -12,8 +12,6 @@ using cpu::dispatch;
 using cpu::parallel_for;
 using cpu::Vec;
 
-constexpr int64_t kElementsPerThread = 16384;
-
 }  // namespace
 
 // Where each row's token goes in the cache.
